@@ -1,0 +1,215 @@
+"""The command line: `jaxgpt train|sample|eval`. Errors become one line on stderr and an exit code."""
+
+import dataclasses
+import difflib
+import errno
+import json
+import os
+import pathlib
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxgpt import config as configs
+from jaxgpt import corpus, data, sampling, training
+from jaxgpt.checkpoint import CheckpointError
+from jaxgpt.config import Config, ConfigError
+from jaxgpt.run import OtherRunError, load
+from jaxgpt.stopping import Stopped
+from jaxgpt.tokenizer import UnknownCharacterError
+
+USAGE = """usage: jaxgpt COMMAND [flags]
+
+  train    train a recipe, or continue the run:  jaxgpt train --config configs/shakespeare_cpu.yaml
+  sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
+  eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
+
+`jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
+Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run directory unusable, 5 loss not finite,
+6 run directory of another run, 7 storage write failed, 9 out of memory, 75 stopped and saved, 130 Ctrl-C.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleArgs:
+    """Write text with a trained run. Only the text goes to stdout."""
+
+    run: str
+    """Run directory."""
+    prompt: str = "\n"
+    """Text to continue."""
+    prompt_file: str | None = None
+    """UTF-8 file with the text to continue, instead."""
+    max_new_tokens: int = 500
+    """Tokens to write."""
+    num_samples: int = 1
+    """Texts to write, separated by a line of dashes."""
+    temperature: float = 1.0
+    """Below 1 more likely text, above 1 more varied; 0 takes the likeliest token each time."""
+    top_k: int | None = None
+    """Draw from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Draw from the fewest likeliest tokens whose probabilities reach p."""
+    seed: int = 1337
+    """Another seed, another text."""
+    stream: bool = False
+    """Show the text while it is written; for one sample."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalArgs:
+    """The mean loss of a run over a whole split, as one JSON line on stdout."""
+
+    run: str
+    """Run directory."""
+    split: str = "val"
+    """train or val."""
+
+
+def train(argv: Sequence[str]) -> None:
+    """`jaxgpt train`."""
+    if {"-h", "--help"} & set(argv):
+        print("Flags override the recipe, which overrides the defaults below.  --config FILE  the recipe\n")
+        configs.run_tyro(Config, ["--help"], "jaxgpt train --config FILE")
+    if not any(word.split("=")[0] == "--config" for word in argv):
+        raise ConfigError(f"no recipe (--config): choose one\n{recipes()}")
+    training.train(configs.load_config(argv))
+
+
+def recipes() -> str:
+    """The config files below the working directory's configs/, each with the first line of its comment."""
+    files = sorted(pathlib.Path("configs").rglob("*.yaml"))
+    width = max((len(str(file)) for file in files), default=0)
+    lines = [
+        f"  --config {file!s:{width}}  {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
+        for file in files
+    ]
+    return "\n".join(lines) or "  (there is no configs/ folder here: change to a clone of the repository)"
+
+
+def sample(argv: Sequence[str]) -> None:
+    """`jaxgpt sample`."""
+    args: SampleArgs = _parse(SampleArgs, argv, "jaxgpt sample")
+    rules = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    sampling.make_rule(**rules)  # before the model is loaded
+    for name in ("num_samples", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"{name} is {getattr(args, name)} (command line): use 1 or more")
+    if args.stream and args.num_samples > 1:
+        raise ConfigError("one text at a time can be streamed (--num_samples): leave out --stream")
+    prompt = args.prompt
+    if args.prompt_file is not None:
+        try:
+            prompt = pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the prompt ({args.prompt_file}, {error}): name a UTF-8 text file") from None
+    run = load(args.run)
+    print(f"run {args.run}, step {run.step:,}", file=sys.stderr)
+    tokens = np.tile(run.tokenizer.encode(prompt), (args.num_samples, 1))
+    key = jax.random.key(args.seed)
+    if args.stream:
+        print(prompt, end="", flush=True)
+        for new in sampling.stream(run.model, tokens, key, args.max_new_tokens, **rules):
+            print(run.tokenizer.decode(np.asarray(new)[0]), end="", flush=True)
+        print()
+        return
+    out = sampling.generate(run.model, tokens, key, args.max_new_tokens, **rules)
+    print(f"\n{'-' * 15}\n".join(run.tokenizer.decode(row) for row in np.asarray(out)))
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """`jaxgpt eval`."""
+    args: EvalArgs = _parse(EvalArgs, argv, "jaxgpt eval")
+    if args.split not in data.Splits._fields:
+        raise ConfigError(f"no such split (--split, {args.split}): use train or val")
+    run = load(args.run)
+    text = corpus.load(run.config.data.name, run.config.data.path)
+    ids = run.tokenizer.encode(text.text)
+    splits = data.split(ids, run.config.data.train_fraction, run.tokenizer.vocab_size, run.config.model.block_size)
+    tokens = getattr(splits, args.split)
+    loss, targets = training.evaluate(run.model, tokens), np.asarray(tokens)[1:]
+    size = len(run.tokenizer.decode(targets).encode())
+    bits = loss * len(targets) / np.log(2) / size
+    result = {
+        "split": args.split,
+        "step": run.step,
+        "tokens": len(targets),
+        "nats_per_token": loss,
+        "bits_per_byte": bits,
+    }
+    print(json.dumps(result))
+
+
+def _parse(cls: type, argv: Sequence[str], prog: str):
+    if {"-h", "--help"} & set(argv):
+        configs.run_tyro(cls, ["--help"], prog)
+    return configs.parse_flags(cls, argv, prog)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "sample": sample, "eval": evaluate}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            near = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--help"]
+            raise ConfigError(f"no such command ({argv[0]}): perhaps you meant `jaxgpt {near[0]}`")
+        folder = corpus.cache_dir() / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        COMMANDS[argv[0]](argv[1:])
+    except BaseException as error:
+        if isinstance(error, SystemExit):  # --help
+            return int(error.code or 0)
+        if debug:
+            traceback.print_exc()
+        code, message = describe(error)
+        print(message if code in (75, 130) else f"jaxgpt: error: {message}", file=sys.stderr)
+        if code == 1 and not debug:
+            print(
+                "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr
+            )
+        return code
+    return 0
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit code and the message of an error."""
+    text = str(error) or type(error).__name__
+    match error:
+        case Stopped():
+            return (130 if error.signal_number == signal.SIGINT else 75), text
+        case KeyboardInterrupt():
+            return 130, "stopped by Ctrl-C"
+        case corpus.CorpusError() | data.DataError():
+            return 3, text
+        case CheckpointError():
+            return 4, text
+        case training.NonFiniteError():
+            return 5, text
+        case OtherRunError():
+            return 6, text
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
+            return 0, ""
+        case OSError() if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+            return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another --run.dir"
+        case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in text:
+            return (
+                9,
+                f"out of memory ({text.splitlines()[0]}): halve --data.batch_size, double --optim.grad_accumulation",
+            )
+        case ConfigError() | UnknownCharacterError() | ValueError():
+            return 2, text
+    return 1, f"{type(error).__name__}: {text}"

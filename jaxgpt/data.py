@@ -1,0 +1,106 @@
+"""Token arrays on the device, and the windows cut from them.
+
+A batch is a pure function of (key, split, step): resuming needs no iterator, and no two runs share a cursor.
+"""
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class DataError(ValueError):
+    """A text that cannot be cut into windows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how much of it a step sees."""
+
+    name: str = "shakespeare"
+    """Named corpus: shakespeare, or tiny_shakespeare (the lecture's exact file)."""
+    path: str | None = None
+    """Your own UTF-8 text file instead; its characters become the alphabet."""
+    tokenizer: Literal["char"] = "char"
+    """One token a character."""
+    batch_size: int = 12
+    """Windows a step sees (a part of a step, with optim.grad_accumulation)."""
+    train_fraction: float = 0.9
+    """Leading part of the text that is trained on, in (0, 1); the rest is for validation."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}: use 1 or more")
+        if not 0.0 < self.train_fraction < 1.0:
+            raise ValueError(f"train_fraction is {self.train_fraction}: use a number between 0 and 1")
+
+
+class Splits(NamedTuple):
+    """The tokens of both splits, each (N,) of the smallest unsigned dtype that holds the vocabulary."""
+
+    train: jax.Array
+    val: jax.Array
+
+
+def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: int) -> Splits:
+    """Cut (N,) ids in two, the first `train_fraction` of them for training, and put them on the device.
+
+    Raises:
+        DataError: a split is shorter than one window and its targets.
+    """
+    dtype = np.min_scalar_type(vocab_size - 1)
+    cut = int(train_fraction * len(ids))
+    parts = {"train": ids[:cut], "validation": ids[cut:]}
+    for name, part in parts.items():
+        if len(part) <= block_size:
+            raise DataError(
+                f"the {name} split of the text has {len(part)} tokens, a window and its targets need {block_size + 1} "
+                f"(block_size {block_size}): use a longer text or a smaller --model.block_size"
+            )
+    return Splits(*(jax.device_put(part.astype(dtype)) for part in parts.values()))
+
+
+def batch(key: jax.Array, tokens: jax.Array, step, batch_size: int, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """The batch of a step: windows at random places, all equally likely, drawn with replacement as in the lecture.
+
+    Args:
+        key: the typed PRNG key of the split.
+        tokens: (N,) unsigned integers, N > block_size.
+        step: () integer; equal steps give equal batches.
+        batch_size: B, windows.
+        block_size: T, tokens a window.
+
+    Returns:
+        inputs and targets, each (B, T) int32; the targets are the inputs one token later.
+    """
+    chex.assert_rank(tokens, 1)
+    starts = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, len(tokens) - block_size)
+    windows = tokens[starts[:, None] + jnp.arange(block_size + 1)].astype(jnp.int32)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def consecutive_batch(tokens: jax.Array, i, batch_size: int, block_size: int):
+    """Batch `i` of a pass over the whole split in order, which predicts each token but the first exactly once.
+
+    Args:
+        tokens: (N,) unsigned integers.
+        i: () integer in [0, consecutive_batches(N, ...)).
+        batch_size: B, windows.
+        block_size: T, tokens a window.
+
+    Returns:
+        inputs and targets, each (B, T) int32, and a (B, T) bool that is False past the end of the split.
+    """
+    chex.assert_rank(tokens, 1)
+    index = (i * batch_size * block_size + jnp.arange(batch_size * block_size)).reshape(batch_size, block_size)
+    last = len(tokens) - 1
+    at = lambda index: tokens[jnp.minimum(index, last)].astype(jnp.int32)  # noqa: E731
+    return at(index), at(index + 1), index < last
+
+
+def consecutive_batches(n_tokens: int, batch_size: int, block_size: int) -> int:
+    """How many batches a pass over `n_tokens` takes."""
+    return -(-(n_tokens - 1) // (batch_size * block_size))

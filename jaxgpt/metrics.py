@@ -1,0 +1,121 @@
+"""Where the numbers of a run go: metrics.jsonl for programs, the console for people.
+
+A record is a dict with a `kind`: start, compile, train, eval, final. A sink is called with each record.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn
+
+Record = dict[str, Any]
+Sink = Callable[[Record], None]
+
+
+def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> int:
+    """Floating point operations of training on one token, forward and backward.
+
+    Args:
+        parameters: all but the position table.
+        n_layer, n_embd, block_size: of the model.
+
+    Source: Chowdhery et al. 2022, "PaLM", appendix B.
+    """
+    return 6 * parameters + 12 * n_layer * n_embd * block_size
+
+
+class JsonLines:
+    """Append each record to a file as one line of JSON, flushed."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def __call__(self, record: Record) -> None:
+        # JSON has no NaN: a non-finite number becomes null
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class Console:
+    """Say what happens: plain lines, or a progress bar below the lines where stdout is a terminal."""
+
+    def __init__(self, steps: int):
+        self._steps = steps
+        self._tokens_per_step = 0
+        self._console = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        count, say = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), TextColumn("{task.fields[say]}")
+        bar = Progress(count, BarColumn(), say, console=self._console, transient=True)
+        self._bar = bar if self._console.is_terminal else None
+        self._task = None
+
+    def __call__(self, record: Record) -> None:
+        getattr(self, "_" + record["kind"])(record)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._task is not None:
+            self._bar.stop()
+
+    def _start(self, r: Record) -> None:
+        rows, window = r["batch"]
+        self._tokens_per_step = rows * window
+        devices = ", ".join(f"{r['devices'].count(kind)} x {kind}" for kind in sorted(set(r["devices"])))
+        versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+        alphabet = json.dumps(r["alphabet"], ensure_ascii=False)
+        alphabet = alphabet if len(alphabet) <= 90 else alphabet[:87] + "..."
+        self._console.print(
+            f"devices  {devices} ({versions})\n"
+            f"model    {r['parameters']:,} parameters, computed in {r['dtype']}\n"
+            f"corpus   {r['corpus']}: {r['characters']:,} characters, {len(r['alphabet'])} distinct: {alphabet}\n"
+            f"step     {rows} windows x {window} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
+            f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
+            + "\ncompile  ... (seconds to a minute, once: later runs find it in the cache)"
+        )  # fmt: skip
+
+    def _compile(self, r: Record) -> None:
+        self._console.print(f"compile  {r['seconds']:.1f} s")
+
+    def _eval(self, r: Record) -> None:
+        self._console.print(f"{self._at(r)}  train loss {r['train_loss']:.4f}  val loss {r['val_loss']:.4f}")
+
+    def _train(self, r: Record) -> None:
+        speed = r["tokens_per_second"]
+        left = _clock((self._steps - r["step"]) * self._tokens_per_step / speed)
+        say = f"loss {r['loss']:.4f}  {speed:>9,.0f} tokens/s  {left} left"
+        if self._bar is None:
+            self._console.print(f"{self._at(r)}  {say}")
+        else:
+            self._show(r["step"], say)
+
+    def _final(self, r: Record) -> None:
+        folder = r["run_dir"]
+        self._console.print(
+            f"done     validation loss {r['val_loss']:.4f} over the whole split, {_clock(r['elapsed_s'])} in all\n"
+            f"files    {folder}: loss.png, samples.txt, metrics.jsonl, checkpoints/\n"
+            f"sample   {'-' * 60}\n{r['sample']}\n         {'-' * 60}\n"
+            f"more     jaxgpt sample --run {folder}"
+        )
+
+    def _at(self, r: Record) -> str:
+        return f"step {r['step']:>{len(f'{self._steps:,}')},}/{self._steps:,}"
+
+    def _show(self, step: int, say: str) -> None:
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._steps, say=say)
+        self._bar.update(self._task, completed=step, say=say)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

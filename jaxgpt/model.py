@@ -1,0 +1,258 @@
+"""The GPT of the lecture, and of GPT-2, as one Flax model with switches.
+
+Letters for shapes, here and everywhere in jaxgpt:
+    B batch, T query time, S key time, C channels (n_embd), H heads, D head size, V vocabulary
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INIT_STDDEV = 0.02  # GPT-2's, which the lecture takes over at its end
+LAYER_NORM_EPSILON = 1e-5  # PyTorch's and GPT-2's; Flax's own default is 1e-6
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # erf form, torch.nn.GELU()
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
+}
+ModuleList = getattr(nnx, "List", list)  # flax 0.11 takes a plain list
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Sizes and switches; the defaults of the switches are the lecture's finished GPT."""
+
+    vocab_size: int = 0
+    """Number of token ids; 0 = as many as the tokenizer has."""
+    block_size: int = 64
+    """Longest context, in tokens."""
+    n_layer: int = 4
+    """Number of blocks; 0 leaves only the tables and the head."""
+    n_head: int = 4
+    """Attention heads a block."""
+    n_embd: int = 128
+    """Channels of the residual stream; 0 = vocab_size (the bigram model, whose table holds the logits)."""
+    dropout: float = 0.0
+    """Probability of zeroing in attention weights and branch outputs, in [0, 1)."""
+    positions: Literal["learned", "none"] = "learned"
+    """A learned position embedding table, or no positions at all."""
+    lm_head: Literal["linear", "tied", "none"] = "linear"
+    """Logits from a linear layer, from the token table itself (GPT-2), or the stream is the logits (bigram)."""
+    mlp_ratio: int = 4
+    """Hidden channels of the feed-forward layer over n_embd; 0 = no feed-forward layer."""
+    projection: bool = True
+    """Linear layers that lead attention and feed-forward back into the stream."""
+    residual: bool = True
+    """Skip connections around attention and feed-forward."""
+    norm: Literal["layernorm", "none"] = "layernorm"
+    """Layer norm before attention, feed-forward and head."""
+    activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
+    """Feed-forward nonlinearity: relu (lecture), gelu (erf form, nanoGPT), gelu_tanh (GPT-2)."""
+    bias: Literal["all", "no_qkv", "none"] = "no_qkv"
+    """Bias vectors: everywhere (GPT-2), everywhere but query, key and value (lecture), or none (nanoGPT)."""
+    embedding_dropout: bool = False
+    """Dropout on the embeddings too (GPT-2)."""
+    scaled_init: bool = False
+    """Initialise projections into the stream smaller by sqrt(2 n_layer) (GPT-2)."""
+
+    def __post_init__(self):
+        for name, least in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: use {least} or more")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}: use a probability from 0 up to but not including 1")
+        if self.n_layer and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
+        if self.mlp_ratio < 0 or (self.mlp_ratio > 1 and not self.projection):
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: use 0 or more, and at most 1 without projection")
+        if self.lm_head == "none" and self.vocab_size and self.width != self.vocab_size:
+            raise ValueError(f"lm_head none takes the stream as logits, but n_embd is {self.n_embd}: use n_embd 0")
+
+    @property
+    def width(self) -> int:
+        """Channels C of the residual stream."""
+        return self.n_embd or self.vocab_size
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for decoding one token at a time.
+
+    `layers` holds the keys and values of each layer, two (B, H, S, D) arrays of which the first `length` () int32
+    positions are filled.
+    """
+
+    layers: tuple[tuple[jax.Array, jax.Array], ...]
+    length: jax.Array
+
+
+def _linear(inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, stddev: float = INIT_STDDEV):
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(stddev), rngs=rngs)
+
+
+def _linear_into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
+    if not config.projection:
+        return _unchanged
+    shrink = (2 * config.n_layer) ** -0.5 if config.scaled_init else 1.0
+    return _linear(inputs, config.width, config.bias != "none", rngs, INIT_STDDEV * shrink)
+
+
+def _layer_norm(config: GPTConfig, rngs: nnx.Rngs):
+    if config.norm == "none":
+        return _unchanged
+    return nnx.LayerNorm(config.width, epsilon=LAYER_NORM_EPSILON, use_bias=config.bias != "none", rngs=rngs)
+
+
+def _unchanged(x):
+    return x
+
+
+def _add(stream, branch):
+    return stream + branch
+
+
+def _replace(_stream, branch):
+    return branch
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with H heads: communication between the tokens.
+
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.
+    """
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        C = config.width
+        self.n_head = config.n_head
+        self.qkv = _linear(C, 3 * C, config.bias == "all", rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.proj = _linear_into_stream(config, C, rngs)
+
+    def __call__(self, x, keys_values=None, start=0, rngs=None):
+        """(B, T, C) -> (B, T, C) and the keys and values, each (B, H, S, D), that the queries could look at.
+
+        Without `keys_values` the T tokens attend among themselves; with them they stand at position `start` and on.
+        """
+        B, T, C = x.shape
+        D = C // self.n_head
+        q, k, v = (a.reshape(B, T, self.n_head, D).swapaxes(1, 2) for a in jnp.split(self.qkv(x), 3, axis=-1))
+        if keys_values is not None:
+            k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, start, 2) for old, new in zip(keys_values, (k, v)))
+        S = k.shape[2]
+
+        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * D**-0.5
+        past = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
+        weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1).astype(x.dtype)
+        weights = self.dropout(weights, deterministic=rngs is None, rngs=rngs)
+        out = jnp.einsum("bhts,bhsd->bhtd", weights, v)
+
+        out = out.swapaxes(1, 2).reshape(B, T, C)  # the heads side by side
+        return self.proj(out), (k, v)
+
+
+class MLP(nnx.Module):
+    """The feed-forward layer: each token thinks about what it has gathered."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        C, hidden = config.width, config.mlp_ratio * config.width
+        self.fc = _linear(C, hidden, config.bias != "none", rngs)
+        self.activation = ACTIVATIONS[config.activation]
+        self.proj = _linear_into_stream(config, hidden, rngs)
+
+    def __call__(self, x):
+        """(B, T, C) -> (B, T, C)."""
+        return self.proj(self.activation(self.fc(x)))
+
+
+class Block(nnx.Module):
+    """Communication, then computation."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        self.ln_1 = _layer_norm(config, rngs)
+        self.attn = Attention(config, rngs=rngs)
+        self.ln_2 = _layer_norm(config, rngs)
+        self.mlp = MLP(config, rngs=rngs) if config.mlp_ratio else None
+        self.dropout = nnx.Dropout(config.dropout)
+        self.join = _add if config.residual else _replace
+
+    def __call__(self, x, keys_values=None, start=0, rngs=None):
+        """(B, T, C) -> (B, T, C) and the attention's keys and values."""
+        attended, keys_values = self.attn(self.ln_1(x), keys_values, start, rngs)
+        x = self.join(x, self.dropout(attended, deterministic=rngs is None, rngs=rngs))
+        if self.mlp is not None:
+            x = self.join(x, self.dropout(self.mlp(self.ln_2(x)), deterministic=rngs is None, rngs=rngs))
+        return x, keys_values
+
+
+class GPT(nnx.Module):
+    """Tokens to the logits of the next token.
+
+    Source: Radford et al. 2019, "Language models are unsupervised multitask learners"; Karpathy, "Let's build GPT".
+    """
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        if not config.vocab_size:
+            raise ValueError("vocab_size is 0: give GPTConfig the tokenizer's vocab_size")
+        self.config = config
+        V, C = config.vocab_size, config.width
+        table = partial(nnx.Embed, features=C, embedding_init=nnx.initializers.normal(INIT_STDDEV), rngs=rngs)
+        self.token_embedding_table = table(V)
+        self.position_embedding_table = table(config.block_size) if config.positions == "learned" else None
+        self.dropout = nnx.Dropout(config.dropout if config.embedding_dropout else 0.0)
+        self.blocks = ModuleList([Block(config, rngs=rngs) for _ in range(config.n_layer)])
+        self.ln_f = _layer_norm(config, rngs)
+        self.lm_head = _linear(C, V, config.bias != "none", rngs) if config.lm_head == "linear" else None
+
+    def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        """The logits of every position's next token.
+
+        Args:
+            tokens: (B, T) integers in [0, vocab_size), T at most block_size.
+            rngs: the source of the dropout masks; None switches dropout off.
+
+        Returns:
+            (B, T, V) float32.
+
+        Raises:
+            ValueError: T is more than block_size.
+        """
+        x, _ = self.hidden(tokens, rngs=rngs)
+        return self.logits(x)
+
+    def hidden(self, tokens: jax.Array, cache: Cache | None = None, *, rngs: nnx.Rngs | None = None):
+        """All but the head: (B, T) tokens -> the (B, T, C) stream and the keys and values of all layers as a Cache.
+
+        With a `cache`, the tokens follow those that it holds; the caller keeps length + T at or below block_size.
+        """
+        chex.assert_rank(tokens, 2)
+        chex.assert_type(tokens, int)
+        T = tokens.shape[1]
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
+        start = jnp.int32(0) if cache is None else cache.length
+        x = self.token_embedding_table(tokens)
+        if self.position_embedding_table is not None:
+            x = x + self.position_embedding_table(start + jnp.arange(T))
+        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+
+        layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
+        for i, block in enumerate(self.blocks):
+            x, layers[i] = block(x, layers[i], start, rngs)
+        return self.ln_f(x), Cache(tuple(layers), start + T)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """The head: (B, T, C) of `hidden` -> (B, T, V) float32."""
+        if self.config.lm_head == "none":
+            return x.astype(jnp.float32)
+        if self.lm_head is None:
+            table = self.token_embedding_table.embedding[...]
+            return jnp.einsum("btc,vc->btv", x, table, preferred_element_type=jnp.float32)
+        kernel = self.lm_head.kernel[...]
+        logits = jnp.einsum("btc,cv->btv", x, kernel, preferred_element_type=jnp.float32)
+        return logits if self.lm_head.bias is None else logits + self.lm_head.bias[...]

@@ -1,0 +1,45 @@
+"""Pictures from a run directory's files."""
+
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def read_metrics(run_dir: str | pathlib.Path) -> list[dict]:
+    """The records of metrics.jsonl; a last line cut off by a kill is left out."""
+    records = []
+    for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def draw_loss(run_dir: str | pathlib.Path) -> pathlib.Path:
+    """Draw training and validation loss over the steps into loss.png, and return its path."""
+    records = read_metrics(run_dir)
+    # a resumed run repeats the steps after its last checkpoint: the last record of a step counts
+    train = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+    evals = {r["step"]: r for r in records if r["kind"] == "eval"}
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(*_sorted(train), color="tab:blue", alpha=0.3, linewidth=1, label="batch")
+    for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
+        losses = {step: r[f"{name}_loss"] for step, r in evals.items()}
+        axes.plot(*_sorted(losses), color=color, marker="o", markersize=3, label={"val": "validation"}.get(name, name))
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=pathlib.Path(run_dir).resolve().name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path = pathlib.Path(run_dir) / "loss.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _sorted(values: dict) -> tuple[list, list]:
+    known = sorted((step, value) for step, value in values.items() if value is not None)
+    return [step for step, _ in known], [value for _, value in known]

@@ -1,0 +1,96 @@
+"""A run directory: opened to train in, or loaded to use what was trained."""
+
+import dataclasses
+import pathlib
+
+import jax
+from flax import nnx
+
+from jaxgpt import config as configs
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.config import Config
+from jaxgpt.model import GPT
+from jaxgpt.tokenizer import CharTokenizer
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer.json", "checkpoints"
+
+
+class OtherRunError(ValueError):
+    """The run directory belongs to another run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run directory holds: `model` has the float32 parameters of `step`."""
+
+    dir: pathlib.Path
+    config: Config
+    tokenizer: CharTokenizer
+    model: GPT
+    step: int
+
+
+def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
+    """Load a run, from its directory alone.
+
+    Args:
+        run_dir: the run directory.
+        step: which checkpoint; the one with the lowest validation loss by default.
+
+    Raises:
+        CheckpointError: the directory is not a run's, or there is no such checkpoint.
+    """
+    run_dir = pathlib.Path(run_dir)
+    if not (run_dir / CONFIG).is_file():
+        raise CheckpointError(f"not a run directory ({run_dir}, no {CONFIG}): name one that `jaxgpt train` made")
+    try:
+        config = configs.load_config(["--config", str(run_dir / CONFIG)])
+        tokenizer = tokenizers.load(run_dir / TOKENIZER)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
+    if step is None:
+        step = checkpoints.best()
+    if step is None:
+        raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
+    abstract = nnx.eval_shape(lambda: GPT(config.model, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), nnx.to_pure_dict(state))
+    params = checkpoints.restore(step, {"params": like})["params"]
+    checkpoints.close()
+    return Run(run_dir, config, tokenizer, nnx.merge(graphdef, params), step)
+
+
+def open_to_train(config: Config, tokenizer: CharTokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
+    """Make the run directory, or check that it is this run's.
+
+    Returns:
+        Its checkpoints, and the step to continue from (None: a new run).
+
+    Raises:
+        OtherRunError: the directory holds a run of another configuration or corpus, or `run.resume` is never.
+        CheckpointError: `run.resume` is must, and there is nothing to continue.
+    """
+    folder = pathlib.Path(config.run.dir)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, config.run.keep)
+    latest = max(checkpoints.steps(), default=None)
+    if latest is None and config.run.resume == "must":
+        raise CheckpointError(f"nothing to resume ({folder}): drop --run.resume must, or name another --run.dir")
+    if (folder / CONFIG).is_file():
+        if config.run.resume == "never":
+            raise OtherRunError(f"there is a run already ({folder}): name another --run.dir")
+        theirs = configs.load_config(["--config", str(folder / CONFIG)])
+        different = configs.differences(theirs, config)
+        if latest is not None and checkpoints.manifest(latest)["corpus_sha256"] != corpus_sha256:
+            different.append("the text itself")
+        if different:
+            raise OtherRunError(
+                f"the run directory is another run's ({folder}; {', '.join(different)}): "
+                "name another --run.dir, or repeat that run's settings"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
+    tokenizer.save(folder / TOKENIZER)
+    return checkpoints, latest

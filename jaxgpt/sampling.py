@@ -1,0 +1,188 @@
+"""Text from a model: prefill once, decode with a cache while the window lasts, then slide the window."""
+
+import math
+import operator
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jaxgpt.model import GPT, Cache
+
+
+class Rule(NamedTuple):
+    """How a token is chosen from the logits; None leaves a rule out. The numbers are traced: no recompilation."""
+
+    temperature: jax.Array
+    top_k: jax.Array | None
+    top_p: jax.Array | None
+
+
+def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Rule:
+    """Check the numbers of a rule.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}: use a finite number, 0 (always the likeliest token) or above")
+    if top_k is not None and operator.index(top_k) < 1:
+        raise ValueError(f"top_k is {top_k}: use 1 or more tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}: use a probability above 0 and up to 1")
+    return Rule(
+        jnp.float32(temperature),
+        None if top_k is None else jnp.int32(min(top_k, jnp.iinfo(jnp.int32).max)),
+        None if top_p is None else jnp.float32(top_p),
+    )
+
+
+def filter_logits(logits: jax.Array, rule: Rule) -> jax.Array:
+    """Temperature, then top-k, then top-p: excluded tokens get -inf.
+
+    Args:
+        logits: (B, V) float32.
+        rule: temperature above 0 divides the logits; top_k keeps the k likeliest tokens (and ties); top_p keeps the
+            fewest likeliest tokens whose probabilities reach p.
+
+    Returns:
+        (B, V) float32.
+
+    Source: Holtzman et al. 2020, "The curious case of neural text degeneration", for top-p.
+    """
+    chex.assert_rank(logits, 2)
+    logits = logits / jnp.where(rule.temperature > 0, rule.temperature, 1.0)
+    if rule.top_k is not None:
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        kth = descending[:, jnp.minimum(rule.top_k, logits.shape[-1]) - 1]
+        logits = jnp.where(logits < kth[:, None], -jnp.inf, logits)
+    if rule.top_p is not None:
+        descending = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(descending, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the likelier tokens
+        least = jnp.min(jnp.where(before < rule.top_p, descending, jnp.inf), axis=-1)
+        logits = jnp.where(logits < least[:, None], -jnp.inf, logits)
+    return logits
+
+
+def sample(logits: jax.Array, key: jax.Array, rule: Rule) -> jax.Array:
+    """Choose a token for each row: (B, V) float32 logits -> (B,) int32; temperature 0 takes the likeliest."""
+    drawn = jax.random.categorical(key, filter_logits(logits, rule), axis=-1)
+    return jnp.where(rule.temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+@jax.jit
+def _prefill(model: GPT, window: jax.Array, length: jax.Array, key: jax.Array, rule: Rule):
+    """The first new token after the `length` tokens of a (B, block_size) window, padded behind, and their cache.
+
+    What stands behind `length` is never looked at: attention is causal, and decoding overwrites it.
+    """
+    x, cache = model.hidden(window)
+    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+    return sample(model.logits(last)[:, 0], jax.random.fold_in(key, 0), rule), cache._replace(length=length)
+
+
+@partial(jax.jit, static_argnames="n")
+def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first: jax.Array, n: int):
+    """`n` further tokens (B, n), numbers `first` and on, while the cache has room."""
+
+    def step(carry, i):
+        token, cache = carry
+        x, cache = model.hidden(token[:, None], cache)
+        token = sample(model.logits(x)[:, 0], jax.random.fold_in(key, i), rule)
+        return (token, cache), token
+
+    (_, cache), tokens = jax.lax.scan(step, (token, cache), first + jnp.arange(n))
+    return tokens.T, cache
+
+
+@partial(jax.jit, static_argnames="n")
+def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax.Array, n: int):
+    """`n` further tokens (B, n) after a full (B, block_size) window, cropped for each as the lecture does.
+
+    Positions are learned, so a token that moves in the window has other keys and values: no cache is valid here.
+    """
+
+    def step(window, i):
+        x, _ = model.hidden(window)
+        token = sample(model.logits(x[:, -1:])[:, 0], jax.random.fold_in(key, i), rule)
+        return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
+
+    _, tokens = jax.lax.scan(step, window, first + jnp.arange(n))
+    return tokens.T
+
+
+def stream(
+    model: GPT,
+    prompt: jax.Array,
+    key: jax.Array,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    chunk: int = 16,
+) -> Iterator[jax.Array]:
+    """`generate`, handed out as it goes: yields the new tokens as (B, 1 to chunk) int32."""
+    config, rule = model.config, make_rule(temperature, top_k, top_p)
+    chex.assert_rank(prompt, 2)
+    chex.assert_type(prompt, int)
+    if prompt.shape[1] == 0:
+        raise ValueError("the prompt is empty: give at least one token, a line break for instance")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
+    if not isinstance(prompt, jax.core.Tracer) and not (0 <= prompt.min() and prompt.max() < config.vocab_size):
+        raise ValueError(f"a token of the prompt is not in the vocabulary: use ids from 0 to {config.vocab_size - 1}")
+
+    window = jnp.asarray(prompt, jnp.int32)[:, -config.block_size :]
+    cached, done = window.shape[1], 1
+    padded = jnp.pad(window, ((0, 0), (0, config.block_size - cached)))
+    token, cache = _prefill(model, padded, jnp.int32(cached), key, rule)
+    tokens = token[:, None]
+    yield tokens
+    while done < max_new_tokens:
+        window = jnp.concatenate([window, tokens], axis=1)[:, -config.block_size :]
+        room = config.block_size - cached
+        n = min(chunk, max_new_tokens - done, room or chunk)
+        if room:
+            tokens, cache = _decode(model, window[:, -1], cache, key, rule, jnp.int32(done), n)
+            cached += n
+        else:
+            tokens = _slide(model, window, key, rule, jnp.int32(done), n)
+        done += n
+        yield tokens
+
+
+def generate(
+    model: GPT,
+    prompt: jax.Array,
+    key: jax.Array,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.Array:
+    """Continue each prompt.
+
+    Args:
+        model: a GPT; its weights are arguments of the compiled functions.
+        prompt: (B, T) integers in [0, vocab_size), T at least 1; only the last block_size of them are seen.
+        key: a typed PRNG key; new token i is drawn with fold_in(key, i).
+        max_new_tokens: N, new tokens a prompt.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw from the k likeliest tokens only.
+        top_p: draw from the fewest likeliest tokens whose probabilities reach p.
+
+    Returns:
+        (B, T + N) int32, the prompt first.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    new = stream(model, prompt, key, max_new_tokens, **rules, chunk=max_new_tokens)
+    return jnp.concatenate([jnp.asarray(prompt, jnp.int32), *new], axis=1)

@@ -1,0 +1,144 @@
+"""The training state, the jitted step and the evaluation: pure functions of state, tokens and key."""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxgpt import data
+from jaxgpt.model import GPT, GPTConfig
+
+# one PRNG stream a purpose, so that no key is used twice
+INIT, TRAIN, VAL, ESTIMATE, DROPOUT, SAMPLE = range(6)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: `step` () int32, the float32 parameters as a nested dict, optax's state."""
+
+    step: jax.Array
+    params: dict[str, Any]
+    opt_state: optax.OptState
+
+
+class Recipe(NamedTuple):
+    """What the compiled functions are specialised for."""
+
+    graphdef: nnx.GraphDef
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    batch_size: int
+    block_size: int
+    grad_accumulation: int
+    dtype: jnp.dtype
+
+
+def stream_key(seed: int, stream: int) -> jax.Array:
+    """The typed PRNG key of one purpose."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+def init_model(config: GPTConfig, seed: int) -> GPT:
+    """A new model."""
+    return GPT(config, rngs=nnx.Rngs(params=stream_key(seed, INIT)))
+
+
+def init_state(model: GPT, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    params = nnx.to_pure_dict(nnx.state(model))
+    return TrainState(jnp.int32(0), params, tx.init(params))
+
+
+def build(recipe: Recipe, params: dict[str, Any]) -> GPT:
+    """The model with these parameters, in the type to compute in."""
+    return nnx.merge(recipe.graphdef, jax.tree.map(lambda p: p.astype(recipe.dtype), params))
+
+
+def token_losses(model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+    """Cross-entropy of each token, in nats: (B, T) integers twice -> (B, T) float32."""
+    chex.assert_equal_shape([inputs, targets])
+    return optax.softmax_cross_entropy_with_integer_labels(model(inputs, rngs=rngs), targets)
+
+
+def train_step(state: TrainState, tokens: jax.Array, key: jax.Array, recipe: Recipe):
+    """One optimizer step on the batch that belongs to it.
+
+    Args:
+        state: before the step.
+        tokens: (N,) unsigned integers, the training split.
+        key: the run's key; batch and dropout are functions of it and of state.step.
+        recipe: static.
+
+    Returns:
+        The state after the step; `loss` before the update, `learning_rate` and `grad_norm` before clipping, () float32.
+    """
+    parts, B = recipe.grad_accumulation, recipe.batch_size
+    train_key, dropout_key = jax.random.fold_in(key, TRAIN), jax.random.fold_in(key, DROPOUT)
+    dropout_key = jax.random.fold_in(dropout_key, state.step)
+    batch = data.batch(train_key, tokens, state.step, parts * B, recipe.block_size)
+
+    def loss_of(params, part, inputs, targets):
+        rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
+        return token_losses(build(recipe, params), inputs, targets, rngs).mean()
+
+    def add_part(total, part):
+        mine = jax.value_and_grad(loss_of)(state.params, *part)
+        return jax.tree.map(jnp.add, total, mine), None
+
+    cut = [jnp.arange(parts), *(a.reshape(parts, B, -1) for a in batch)]
+    if parts == 1:
+        loss, grads = jax.value_and_grad(loss_of)(state.params, *(a[0] for a in cut))
+    else:
+        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
+        loss, grads = jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, cut)[0])
+
+    updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    measured = {"loss": loss, "learning_rate": recipe.schedule(state.step), "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, opt_state), measured
+
+
+@partial(jax.jit, static_argnames=("recipe", "n"), donate_argnames="state")
+def train_steps(state: TrainState, tokens: jax.Array, key: jax.Array, *, recipe: Recipe, n: int):
+    """`n` steps in one call: the state after them, and each metric of `train_step` as (n,) float32."""
+    return jax.lax.scan(lambda state, _: train_step(state, tokens, key, recipe), state, length=n)
+
+
+@partial(jax.jit, static_argnames=("recipe", "n"))
+def estimate_loss(params: dict[str, Any], tokens: jax.Array, key: jax.Array, *, recipe: Recipe, n: int) -> jax.Array:
+    """Mean loss () float32 over `n` random batches, the same ones each time: quick, for watching."""
+    model = build(recipe, params)
+
+    def loss(i):
+        return token_losses(model, *data.batch(key, tokens, i, recipe.batch_size, recipe.block_size)).mean()
+
+    return jax.lax.map(loss, jnp.arange(n)).mean()
+
+
+@partial(jax.jit, static_argnames="batch_size")
+def _sums(model: GPT, tokens: jax.Array, batch_size: int) -> jax.Array:
+    T = model.config.block_size
+
+    def nats(i):
+        inputs, targets, real = data.consecutive_batch(tokens, i, batch_size, T)
+        return jnp.sum(token_losses(model, inputs, targets), where=real)
+
+    return jax.lax.map(nats, jnp.arange(data.consecutive_batches(len(tokens), batch_size, T)))
+
+
+def evaluate(model: GPT, tokens: jax.Array, batch_size: int = 64) -> float:
+    """Mean loss over a whole split, in nats a token: the number to quote.
+
+    Args:
+        model: in the type to compute in.
+        tokens: (N,) integers; all but the first are predicted once, in consecutive windows of block_size.
+        batch_size: windows at a time.
+    """
+    return float(np.sum(np.asarray(_sums(model, jnp.asarray(tokens), batch_size), np.float64)) / (len(tokens) - 1))
