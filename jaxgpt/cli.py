@@ -184,6 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
+
+
 def describe(error: BaseException) -> tuple[int, str]:
     """The exit code and the message of an error."""
     text = str(error) or type(error).__name__
@@ -203,7 +206,7 @@ def describe(error: BaseException) -> tuple[int, str]:
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
             return 0, ""
-        case OSError() if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT):
+        case OSError() if error.errno in STORAGE:
             return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another --run.dir"
         case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in text:
             return (

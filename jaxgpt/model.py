@@ -59,8 +59,9 @@ class GPTConfig:
     """Bias vectors: everywhere (GPT-2), everywhere but query, key and value (lecture), or none (nanoGPT)."""
     embedding_dropout: bool = False
     """Dropout on the embeddings too (GPT-2)."""
-    scaled_init: bool = False
-    """Initialise projections into the stream smaller by sqrt(2 n_layer) (GPT-2)."""
+    init: Literal["normal", "scaled", "torch"] = "normal"
+    """Weights: N(0, 0.02); the same, but smaller by sqrt(2 n_layer) where projections meet the stream (GPT-2); or
+    PyTorch's defaults, which the lecture has until its last rungs."""
 
     def __post_init__(self):
         for name, least in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
@@ -92,15 +93,23 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-def _linear(inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, stddev: float = INIT_STDDEV):
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=nnx.initializers.normal(stddev), rngs=rngs)
+def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs):
+    stddev = 1.0 if config.init == "torch" else INIT_STDDEV
+    return nnx.Embed(rows, config.width, embedding_init=nnx.initializers.normal(stddev), rngs=rngs)
+
+
+def _linear(config: GPTConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, stddev: float = INIT_STDDEV):
+    kernel_init, bias_init = nnx.initializers.normal(stddev), nnx.initializers.zeros_init()
+    if config.init == "torch":
+        kernel_init = bias_init = partial(jax.random.uniform, minval=-(inputs**-0.5), maxval=inputs**-0.5)
+    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
 
 def _linear_into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
     if not config.projection:
         return _unchanged
-    shrink = (2 * config.n_layer) ** -0.5 if config.scaled_init else 1.0
-    return _linear(inputs, config.width, config.bias != "none", rngs, INIT_STDDEV * shrink)
+    shrink = (2 * config.n_layer) ** -0.5 if config.init == "scaled" else 1.0
+    return _linear(config, inputs, config.width, config.bias != "none", rngs, INIT_STDDEV * shrink)
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs):
@@ -130,7 +139,7 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C = config.width
         self.n_head = config.n_head
-        self.qkv = _linear(C, 3 * C, config.bias == "all", rngs)
+        self.qkv = _linear(config, C, 3 * C, config.bias == "all", rngs)
         self.dropout = nnx.Dropout(config.dropout)
         self.proj = _linear_into_stream(config, C, rngs)
 
@@ -161,7 +170,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C, hidden = config.width, config.mlp_ratio * config.width
-        self.fc = _linear(C, hidden, config.bias != "none", rngs)
+        self.fc = _linear(config, C, hidden, config.bias != "none", rngs)
         self.activation = ACTIVATIONS[config.activation]
         self.proj = _linear_into_stream(config, hidden, rngs)
 
@@ -201,13 +210,13 @@ class GPT(nnx.Module):
             raise ValueError("vocab_size is 0: give GPTConfig the tokenizer's vocab_size")
         self.config = config
         V, C = config.vocab_size, config.width
-        table = partial(nnx.Embed, features=C, embedding_init=nnx.initializers.normal(INIT_STDDEV), rngs=rngs)
-        self.token_embedding_table = table(V)
-        self.position_embedding_table = table(config.block_size) if config.positions == "learned" else None
+        learned = config.positions == "learned"
+        self.token_embedding_table = _table(config, V, rngs)
+        self.position_embedding_table = _table(config, config.block_size, rngs) if learned else None
         self.dropout = nnx.Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = ModuleList([Block(config, rngs=rngs) for _ in range(config.n_layer)])
         self.ln_f = _layer_norm(config, rngs)
-        self.lm_head = _linear(C, V, config.bias != "none", rngs) if config.lm_head == "linear" else None
+        self.lm_head = _linear(config, C, V, config.bias != "none", rngs) if config.lm_head == "linear" else None
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """The logits of every position's next token.

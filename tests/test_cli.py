@@ -1,0 +1,236 @@
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import jaxgpt
+from jaxgpt import cli, corpus
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, text):
+    """A small trained run."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "my.txt").write_text(text, encoding="utf-8")
+    flags = "--model.block_size 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --train.steps 30"
+    argv = ["train", "--config", str(ROOT / "configs/shakespeare_cpu.yaml"), "--data.path", str(folder / "my.txt")]
+    assert cli.main([*argv, "--run.dir", str(folder / "run"), *flags.split()]) == 0
+    return folder / "run"
+
+
+def error_of(capsys, argv):
+    """The exit code and the only line on stderr of a command that fails."""
+    code = cli.main(argv)
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if not line.startswith("run ")]
+    assert lines[0].startswith("jaxgpt: error: ")
+    return code, "\n".join(lines)
+
+
+def test_help_names_every_command_and_exit_code(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    assert all(re.search(rf"\s{code} [a-zC]", out) for code in (0, 1, 2, 3, 4, 5, 6, 7, 9, 75, 130))
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_each_command_explains_its_flags(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--model.n_layer" in out if command == "train" else "--run" in out
+
+
+def test_train_without_a_recipe_lists_them(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code, message = error_of(capsys, ["train"])
+    assert code == 2
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        assert f"--config {file.relative_to(ROOT)}" in message
+
+
+@pytest.mark.parametrize(
+    "argv, remedy",
+    [(["trian"], "`jaxgpt train`"), (["train", "--config", "x", "--modl.n_layr", "1"], "--model.n_layer")],
+)
+def test_mistyped_words_are_answered_with_the_right_ones(capsys, argv, remedy):
+    code, message = error_of(capsys, argv)
+    assert code == 2 and remedy in message
+
+
+def test_what_happens_is_said_in_plain_lines_without_a_terminal(tiny_config, capsys, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("")
+    assert cli.main(["train", "--config", str(file), *tiny_config]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    order = [
+        "devices",
+        "model",
+        "corpus",
+        "step",
+        "run",
+        "compile",
+        "step  0/40",
+        "step  5/40",
+        "done",
+        "sample",
+        "more",
+    ]
+    assert [out.index(word) for word in order] == sorted(out.index(word) for word in order)
+    assert f"jaxgpt sample --run {tmp_path / 'run'}" in out
+
+
+def test_only_the_text_goes_to_stdout(run_dir, capsys):
+    argv = ["sample", "--run", str(run_dir), "--prompt", "the king", "--max_new_tokens", "30", "--seed", "3"]
+    assert cli.main(argv) == 0
+    whole = capsys.readouterr().out
+    assert whole.startswith("the king") and len(whole) == len("the king") + 30 + 1
+    assert cli.main([*argv, "--stream"]) == 0
+    assert capsys.readouterr().out == whole
+    assert cli.main([*argv, "--seed", "4"]) == 0
+    assert capsys.readouterr().out != whole
+
+
+def test_several_samples_are_separated_by_dashes(run_dir, capsys):
+    assert cli.main(["sample", "--run", str(run_dir), "--num_samples", "3", "--max_new_tokens", "5"]) == 0
+    assert capsys.readouterr().out.count("\n---------------\n") == 2
+
+
+def test_the_prompt_can_be_a_file(run_dir, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the queen")
+    assert cli.main(["sample", "--run", str(run_dir), "--prompt_file", str(tmp_path / "prompt.txt")]) == 0
+    assert capsys.readouterr().out.startswith("the queen")
+
+
+def test_eval_is_one_json_line_of_the_whole_split(run_dir, capsys):
+    assert cli.main(["eval", "--run", str(run_dir), "--split", "train"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result.keys() == {"split", "step", "tokens", "nats_per_token", "bits_per_byte"}
+    assert (result["split"], result["step"], result["tokens"]) == ("train", 30, 17_999)
+    # one byte a character here
+    assert result["bits_per_byte"] == pytest.approx(result["nats_per_token"] / np.log(2))
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--prompt", "été"], 2, "unknown character 'é' (position 0)"),
+        (["--prompt", ""], 2, "empty"),
+        (["--temperature", "-1"], 2, "temperature is -1.0"),
+        (["--temperature", "hot"], 2, "--temperature"),
+        (["--top_p", "2"], 2, "top_p is 2.0"),
+        (["--top_k", "0"], 2, "top_k is 0"),
+        (["--max_new_tokens", "0"], 2, "max_new_tokens is 0"),
+        (["--num_samples", "2", "--stream"], 2, "--stream"),
+        (["--prompt_file", "/nowhere"], 2, "/nowhere"),
+        (["--tempreature", "1"], 2, "perhaps you meant --temperature"),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_is_one_line(run_dir, capsys, flags, code, message):
+    assert (error := error_of(capsys, ["sample", "--run", str(run_dir), *flags]))[0] == code
+    assert message in error[1] and "\n" not in error[1]
+
+
+def test_errors_have_the_documented_exit_codes(capsys, tmp_path, tiny_config, text_file):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("")
+    train = ["train", "--config", str(recipe), *tiny_config]
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xfa" * 100)
+    (tmp_path / "short.txt").write_text("to be")
+    for name, words in {
+        "nowhere.txt": "no such file",
+        "empty.txt": "empty",
+        "binary.txt": "UTF-8",
+        "short.txt": "tokens",
+    }.items():
+        code, message = error_of(capsys, [*train, "--data.path", str(tmp_path / name)])
+        assert code == 3 and words in message and "\n" not in message, name
+    assert not (tmp_path / "run").exists()
+    assert error_of(capsys, ["sample", "--run", str(tmp_path)])[0] == 4
+    assert error_of(capsys, ["eval", "--run", str(tmp_path / "nowhere")])[0] == 4
+    assert cli.main(train) == 0
+    capsys.readouterr()
+    code, message = error_of(capsys, [*train, "--model.n_layer", "1"])
+    assert code == 6 and "model.n_layer (was 2, now 1)" in message
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(capsys, tmp_path, tiny_config):
+    (tmp_path / "recipe.yaml").write_text("")
+    (tmp_path / "file").write_text("")
+    argv = ["train", "--config", str(tmp_path / "recipe.yaml"), *tiny_config]
+    code, message = error_of(capsys, [*argv, "--run.dir", str(tmp_path / "file" / "run")])
+    assert code == 7 and str(tmp_path / "file") in message
+
+
+def test_a_bug_asks_for_debug_which_shows_the_traceback(capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "eval", lambda argv: 1 / 0)
+    assert error_of(capsys, ["eval"]) == (
+        1,
+        "jaxgpt: error: ZeroDivisionError: division by zero\n"
+        "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.",
+    )
+    assert cli.main(["--debug", "eval"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def start(argv):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, *argv], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(path, words, process):
+    for _ in range(1200):
+        if path.exists() and words in path.read_text():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError(f"{words} never came")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_process_carries_on_when_its_command_is_repeated(tiny_config, tmp_path, number, code):
+    (tmp_path / "recipe.yaml").write_text("")
+    argv = ["train.py", "--config", str(tmp_path / "recipe.yaml"), *tiny_config, "--train.steps", "20000"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    process = start(argv)
+    wait_for(metrics, '"step": 60,', process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    if code > 0:
+        assert "run the same command again" in err and (tmp_path / "run" / "loss.png").exists()
+    process = start(argv)
+    wait_for(
+        metrics,
+        f'"step": {max(jaxgpt.checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps())}, "dev',
+        process,
+    )
+    process.kill()
+    process.communicate()
+
+
+def test_the_module_and_the_script_are_the_same_door():
+    for argv in (["-m", "jaxgpt", "train", "--no_such", "1"], ["train.py", "--no_such", "1"]):
+        process = start(argv)
+        assert "unknown option" in process.communicate(timeout=60)[1] or "no recipe" in process.communicate()[1]
+        assert process.returncode == 2
+
+
+def test_the_cache_is_private_and_can_be_moved(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    assert corpus.cache_dir() == tmp_path / "cache"

@@ -1,0 +1,130 @@
+import dataclasses
+import pathlib
+
+import pytest
+
+from jaxgpt import Config, load_config
+from jaxgpt import config as configs
+from jaxgpt.config import ConfigError
+
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+def write(path, content):
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def test_command_line_wins_over_file_and_file_over_default(tmp_path):
+    file = write(tmp_path / "a.yaml", "model:\n  n_layer: 3\n  n_embd: 64\nseed: 5\n")
+    config = load_config(["--model.n_layer", "2", "--config", file, "--optim.learning_rate=3e-4"])
+    assert (config.model.n_layer, config.model.n_embd, config.model.n_head, config.seed) == (2, 64, 4, 5)
+    assert config.optim.learning_rate == 3e-4
+
+
+def test_base_is_inherited_and_overridden(tmp_path):
+    write(tmp_path / "a.yaml", "model:\n  n_layer: 3\n  bias: all\n")
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "sub" / "b.yaml", "base: ../a.yaml\nmodel:\n  n_layer: 1\n")
+    config = load_config(["--config", write(tmp_path / "c.yaml", "base: sub/b.yaml\ntrain:\n  steps: 7\n")])
+    assert (config.model.n_layer, config.model.bias, config.train.steps) == (1, "all", 7)
+
+
+def test_run_directory_is_named_after_the_config_file(tmp_path):
+    assert load_config(["--config", write(tmp_path / "mine.yaml", "")]).run.dir == "runs/mine"
+    assert load_config(["--run.dir", "here"]).run.dir == "here"
+
+
+def test_a_dumped_config_loads_as_the_same(tmp_path):
+    config = load_config(["--config", str(CONFIGS / "lecture" / "scaled.yaml"), "--data.path", "a b.txt"])
+    assert load_config(["--config", write(tmp_path / "config.yaml", configs.dump(config))]) == config
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_loads_and_opens_with_what_it_is(file):
+    assert isinstance(load_config(["--config", str(file)]), Config)
+    assert file.read_text().startswith("# ")
+
+
+def test_every_field_has_a_line_of_help():
+    import inspect
+
+    def check(cls):
+        source = inspect.getsource(cls)
+        for field in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(field.type):
+                check(field.type)
+            else:
+                assert source.split(f"    {field.name}: ")[1].splitlines()[1].startswith('    """'), field.name
+
+    check(Config)
+
+
+@pytest.mark.parametrize("spelling", ["true", "True"])
+def test_switches_take_a_word_or_stand_alone(spelling):
+    assert load_config(["--model.residual", "false"]).model.residual is False
+    assert load_config(["--model.embedding_dropout", spelling]).model.embedding_dropout is True
+    assert load_config(["--model.embedding_dropout", "--seed", "2"]).model.embedding_dropout is True
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (
+            ["--model.n_layr", "3"],
+            r"unknown option \(command line, --model.n_layr\): perhaps you meant --model.n_layer",
+        ),
+        (["--n_layer", "3"], "perhaps you meant --model.n_layer"),
+        (["--learning-rate", "3"], "perhaps you meant --optim.learning_rate"),
+        (["--zzz", "3"], "--help lists all"),
+        (["--model.n_layer", "x"], "--model.n_layer.*'x'"),
+        (["--model.n_layer", "2.5"], "--model.n_layer.*'2.5'"),
+        (["--model.lm_head", "tide"], "'tide'.*'tied'"),
+        (["--model.residual", "maybe"], "'maybe'"),
+        (["--model.n_head", "3"], r"n_embd 128 is not divisible by n_head 3 \(command line, model\): change one"),
+        (["--train.steps", "0"], "steps is 0"),
+        (["--model.n_layer"], "write --model.n_layer VALUE"),
+        (["n_layer=3"], "write flags as --name VALUE"),
+        (["--config", "nowhere.yaml"], "no such config"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_with_the_remedy(argv, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("model:\n  n_layr: 3\n", r"unknown option \(.*bad.yaml, model.n_layr\): perhaps you meant --model.n_layer"),
+        ("modle:\n  n_layer: 3\n", "perhaps you meant --model.n_layer"),
+        ("model:\n  n_layer: three\n", "n_layer.*'three'"),
+        ("model:\n  n_layer: [1, 2]\n", "not a single value.*model.n_layer"),
+        ("model: [1, 2]\n", "unknown option.*model"),
+        ("model:\n\t- :", "not YAML.*line 2"),
+        ("just text", "no sections"),
+        ("- 1\n- 2\n", "no sections"),
+        ("base: bad.yaml\n", "its own base"),
+        ("base: nowhere.yaml\n", "no such config"),
+        ("seed: !!python/object/apply:os.system ['true']\n", "not a single value"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(tmp_path, content, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(["--config", write(tmp_path / "bad.yaml", content)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(["--config", str(tmp_path / "bad.yaml")])
+
+
+def test_only_fields_that_decide_the_numbers_count_as_different():
+    ours = load_config([])
+    same = load_config(["--run.dir", "else", "--train.steps", "9", "--train.log_interval", "3", "--run.keep", "5"])
+    assert configs.differences(ours, same) == []
+    other = load_config(["--model.n_layer", "2", "--seed", "1"])
+    assert configs.differences(ours, other) == ["seed (was 1337, now 1)", "model.n_layer (was 4, now 2)"]

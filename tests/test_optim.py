@@ -1,0 +1,76 @@
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxgpt import optim
+from jaxgpt.optim import OptimConfig
+
+
+def closed_form(step, peak, floor, warmup, decay):
+    """nanoGPT's learning rate, from its description."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if step >= decay:
+        return floor
+    return floor + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) * (peak - floor)
+
+
+@pytest.mark.parametrize("warmup, decay", [(100, 2000), (0, 50), (1, 3)])
+def test_schedule_is_the_closed_form_at_its_corners(warmup, decay):
+    schedule = optim.schedule(OptimConfig(1e-3, 1e-4, warmup, decay))
+    for step in {
+        0,
+        1,
+        warmup // 2,
+        max(warmup - 1, 0),
+        warmup,
+        warmup + 1,
+        (warmup + decay) // 2,
+        decay - 1,
+        decay,
+        9999,
+    }:
+        # float32 against float64
+        assert float(schedule(step)) == pytest.approx(closed_form(step, 1e-3, 1e-4, warmup, decay), rel=1e-5)
+
+
+def test_a_run_shorter_than_its_warm_up_only_warms_up():
+    schedule = optim.schedule(OptimConfig(1e-3, 1e-4, warmup_steps=100, decay_steps=20))
+    np.testing.assert_allclose([schedule(0), schedule(19)], [1e-3 / 101, 2e-2 / 101], rtol=1e-5)
+
+
+def test_equal_rates_make_the_schedule_constant():
+    schedule = optim.schedule(OptimConfig(1e-2, 1e-2, warmup_steps=0, decay_steps=3000))
+    np.testing.assert_allclose([schedule(step) for step in (0, 1, 1500, 3000, 5000)], 1e-2, rtol=1e-6)
+
+
+def test_only_matrices_and_tables_are_decayed():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2), "embedding": jnp.ones((3, 2))}
+    assert optim.decay_mask(params) == {"kernel": True, "bias": False, "scale": False, "embedding": True}
+    tx = optim.optimizer(OptimConfig(1e-1, 1e-1, warmup_steps=0, decay_steps=10, weight_decay=0.5, grad_clip=0))
+    zero = {name: jnp.zeros_like(p) for name, p in params.items()}
+    after = optax.apply_updates(params, tx.update(zero, tx.init(params), params)[0])
+    # no gradient: what changes is lr * decay * parameter
+    for name, expected in (("kernel", 0.95), ("embedding", 0.95), ("bias", 1.0), ("scale", 1.0)):
+        np.testing.assert_allclose(after[name], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip, expected", [(1.0, [0.6, 0.8]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])])
+def test_gradients_are_clipped_to_their_global_norm(clip, expected):
+    tx = optim.optimizer(OptimConfig(grad_clip=clip, beta1=0.5, warmup_steps=0, decay_steps=10))
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    _, state = tx.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, tx.init(params), params)
+    mu = optax.tree_utils.tree_get(state, "mu")  # half of the clipped gradient after one step
+    np.testing.assert_allclose([2 * mu["a"][0], 2 * mu["b"][0]], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"learning_rate": 0.0}, {"learning_rate": math.nan}, {"beta1": 1.0}, {"beta2": -0.1}, {"grad_accumulation": 0}],
+)
+def test_numbers_that_cannot_train_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        OptimConfig(**fields)

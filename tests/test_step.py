@@ -1,0 +1,144 @@
+import functools
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from jaxgpt import data, optim, step
+from jaxgpt.model import GPTConfig
+from jaxgpt.step import Recipe, TrainState
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, 500), jnp.uint8)
+
+
+@functools.cache
+def compiled_parts(grad_accumulation, batch_size, dropout, dtype, optim_fields):
+    config = GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=dropout)
+    model = step.init_model(config, seed=0)
+    optim_config = optim.OptimConfig(warmup_steps=0, decay_steps=100, **dict(optim_fields))
+    tx, schedule = optim.optimizer(optim_config), optim.schedule(optim_config)
+    return Recipe(nnx.graphdef(model), tx, schedule, batch_size, 8, grad_accumulation, jnp.dtype(dtype)), model
+
+
+def make(grad_accumulation=1, batch_size=4, dropout=0.0, dtype="float32", **optim_fields):
+    recipe, model = compiled_parts(grad_accumulation, batch_size, dropout, dtype, tuple(optim_fields.items()))
+    return recipe, jax.tree.map(jnp.copy, step.init_state(model, recipe.tx))  # a step donates what it is given
+
+
+def run(recipe, state, n, tokens=TOKENS, seed=0):
+    return step.train_steps(state, tokens, jax.random.key(seed), recipe=recipe, n=n)
+
+
+def test_metrics_have_one_float32_a_step_and_the_state_counts_them():
+    state, metrics = run(*make(), n=3)
+    assert metrics.keys() == {"loss", "learning_rate", "grad_norm"}
+    chex.assert_shape(list(metrics.values()), (3,))
+    chex.assert_type(list(metrics.values()), jnp.float32)
+    assert int(state.step) == 3
+    chex.assert_type(jax.tree.leaves(state.params), jnp.float32)
+
+
+def test_loss_of_a_step_is_the_cross_entropy_of_its_batch():
+    recipe, state = make()
+    key = jax.random.fold_in(jax.random.key(0), step.TRAIN)
+    inputs, targets = data.batch(key, TOKENS, 0, 4, 8)
+    logits = np.asarray(step.build(recipe, state.params)(inputs), np.float64)
+    log_z = np.log(np.exp(logits).sum(-1))
+    expected = np.mean(log_z - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0])
+    _, metrics = run(recipe, state, n=1)
+    assert float(metrics["loss"][0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_accumulating_gradients_equals_one_large_batch():
+    (large, metrics), (parts, metrics_of_parts) = (run(*make(parts, 8 // parts), n=1) for parts in (1, 4))
+    chex.assert_trees_all_close(metrics, metrics_of_parts, rtol=1e-5)
+    # the first moment is a tenth of the gradient; the same sums in another order
+    ours, theirs = (optax.tree.get(state.opt_state, "mu") for state in (parts, large))
+    chex.assert_trees_all_close(ours, theirs, atol=1e-8, rtol=1e-4)
+
+
+def test_the_same_steps_come_out_however_they_are_cut_into_calls():
+    recipe, state = make(dropout=0.1)
+    whole, _ = run(recipe, state, n=4)
+    _, state = make(dropout=0.1)
+    for _ in range(2):
+        state, _ = run(recipe, state, n=2)
+    chex.assert_trees_all_equal(whole.params, state.params)
+
+
+def test_seed_and_step_change_batch_and_dropout():
+    recipe, _ = make(dropout=0.5)
+
+    def loss(at, seed, tokens=TOKENS):
+        fresh = make(dropout=0.5)[1]
+        state = TrainState(jnp.int32(at), fresh.params, fresh.opt_state)
+        return float(run(recipe, state, 1, tokens, seed)[1]["loss"][0])
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
+    only_window = jnp.zeros(9, jnp.uint8)  # no other batch can be drawn: what differs between steps is dropout
+    assert loss(0, 0, only_window) != loss(1, 0, only_window)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    recipe, state = make(batch_size=1, learning_rate=1e-2, min_learning_rate=1e-2, weight_decay=0.0)
+    _, metrics = run(recipe, state, n=200, tokens=TOKENS[:9])
+    assert metrics["loss"][0] > 0.9 * math.log(65)
+    assert metrics["loss"][-1] < 0.02
+
+
+def test_two_calls_trace_the_step_once():
+    recipe, state = make(beta1=0.8)  # a recipe that no other test compiles
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(step.train_steps.__wrapped__, n=1)
+    jitted = jax.jit(counted, static_argnames=("recipe", "n"))
+    for _ in range(3):
+        state, _ = jitted(state, TOKENS, jax.random.key(0), recipe=recipe, n=2)
+    assert int(state.step) == 6
+    with pytest.raises(AssertionError):
+        jitted(state, TOKENS[:400], jax.random.key(0), recipe=recipe, n=2)
+
+
+@pytest.mark.skipif(jax.config.jax_debug_nans, reason="jax keeps donated arrays to find the NaN")
+def test_the_old_state_is_donated():
+    recipe, state = make()
+    run(recipe, state, n=1)
+    assert state.params["lm_head"]["kernel"].is_deleted()
+
+
+def test_bfloat16_trains_like_float32_with_float32_parameters():
+    states, losses = zip(*(run(*make(dtype=dtype), n=20) for dtype in ("bfloat16", "float32")))
+    chex.assert_type(jax.tree.leaves(states[0].params), jnp.float32)
+    np.testing.assert_allclose(losses[0]["loss"], losses[1]["loss"], rtol=0.01)  # 8 bits of mantissa
+    assert (losses[0]["loss"] != losses[1]["loss"]).any()
+
+
+@pytest.mark.parametrize("n", [9, 64, 500])
+def test_evaluation_is_the_mean_over_all_tokens_but_the_first(n):
+    model = step.init_model(GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16), seed=3)
+    tokens = np.asarray(TOKENS[:n], np.int32)
+    nats = []
+    for start in range(0, n - 1, 8):
+        window = tokens[None, start : start + 9]
+        nats += np.asarray(step.token_losses(model, jnp.asarray(window[:, :-1]), jnp.asarray(window[:, 1:])))[
+            0
+        ].tolist()
+    assert len(nats) == n - 1
+    assert step.evaluate(model, TOKENS[:n], batch_size=3) == pytest.approx(np.mean(nats), rel=1e-6)
+
+
+def test_the_quick_estimate_agrees_with_the_whole_split():
+    recipe, state = make(batch_size=16)
+    estimate = step.estimate_loss(state.params, TOKENS, jax.random.key(0), recipe=recipe, n=20)
+    assert float(estimate) == pytest.approx(step.evaluate(step.build(recipe, state.params), TOKENS), abs=0.02)
+
+
+def test_inputs_and_targets_must_have_one_shape():
+    recipe, state = make()
+    with pytest.raises(AssertionError):
+        step.token_losses(step.build(recipe, state.params), jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 7), jnp.int32))

@@ -1,0 +1,193 @@
+import json
+import math
+import os
+import signal
+import threading
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgpt
+from jaxgpt import checkpoint, step, training
+from jaxgpt.checkpoint import CheckpointError
+from jaxgpt.run import OtherRunError
+from jaxgpt.stopping import Stopped, stop_requests
+
+
+def records(run_dir, kind):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def params_of(run_dir, step):
+    return nnx.to_pure_dict(nnx.state(jaxgpt.load(run_dir, step).model))
+
+
+def opt_state_of(config, step_number):
+    config = training.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
+    model = step.init_model(config.model, 0)
+    like = vars(step.init_state(model, training.make_recipe(config, model).tx))
+    return checkpoint.Checkpoints(f"{config.run.dir}/checkpoints").restore(step_number, like)["opt_state"]
+
+
+def test_a_run_learns_and_leaves_what_the_readme_names(tiny_config, tmp_path):
+    run = jaxgpt.train(jaxgpt.load_config([*tiny_config, "--train.steps", "200", "--optim.learning_rate", "1e-2"]))
+    folder = tmp_path / "run"
+    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "samples.txt", "loss.png", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert run.step == 200 and run.config.model.vocab_size == run.tokenizer.vocab_size
+    evals = records(folder, "eval")
+    assert [e["step"] for e in evals] == list(range(0, 201, 20))
+    assert evals[0]["val_loss"] == pytest.approx(math.log(run.tokenizer.vocab_size), abs=0.1)
+    assert evals[-1]["val_loss"] < 0.75 * evals[0]["val_loss"]
+    samples = (folder / "samples.txt").read_text().split("--- step ")[1:]
+    assert [sample.split(",")[0] for sample in samples] == [str(n) for n in range(20, 201, 20)]
+
+
+def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
+    jaxgpt.train(jaxgpt.load_config(tiny_config))
+    start = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"kind", "devices", "mesh", "parameters", "flops_per_token", "versions"} <= start.keys()
+    assert start["kind"] == "start" and start["parameters"] == sum(
+        leaf.size for leaf in jax.tree.leaves(params_of(tmp_path / "run", 40))
+    )
+    train = records(tmp_path / "run", "train")
+    assert [r["step"] for r in train] == list(range(5, 41, 5))
+    fields = {"kind", "step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "elapsed_s"}
+    assert all(r.keys() == fields for r in train)
+    assert train[0]["learning_rate"] == pytest.approx(5e-3 / 6)  # step 5 of 5 of warm-up, counted from 1
+    assert all(r["seconds"] > 0 for r in records(tmp_path / "run", "compile"))
+    evals = records(tmp_path / "run", "eval")
+    assert all(r.keys() == {"kind", "step", "train_loss", "val_loss", "elapsed_s"} for r in evals)
+
+
+@pytest.mark.parametrize("interrupted_at", [10, 25])
+def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
+    tiny_config, tmp_path, monkeypatch, interrupted_at
+):
+    whole = jaxgpt.load_config([*tiny_config, "--run.dir", str(tmp_path / "whole")])
+    jaxgpt.train(whole)
+    config = jaxgpt.load_config(tiny_config)
+    log = training.Job.log
+
+    def log_and_die(job, first, chunk, began):
+        if first >= interrupted_at:
+            raise SystemExit("killed")
+        return log(job, first, chunk, began)
+
+    monkeypatch.setattr(training.Job, "log", log_and_die)
+    with pytest.raises(SystemExit):
+        jaxgpt.train(config)
+    monkeypatch.undo()
+    assert max(checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps()) < 40
+    jaxgpt.train(config)
+    assert len(records(tmp_path / "run", "start")) == 2
+    assert records(tmp_path / "run", "start")[1]["step"] == interrupted_at // 10 * 10
+    chex.assert_trees_all_equal(params_of(tmp_path / "run", 40), params_of(tmp_path / "whole", 40))
+    chex.assert_trees_all_equal(opt_state_of(config, 40), opt_state_of(whole, 40))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_config_carries_on(tiny_config, tmp_path, monkeypatch, number):
+    config = jaxgpt.load_config(tiny_config)
+    look = training.Job.look
+
+    def look_and_signal(job, state, at):
+        if at == 20:
+            os.kill(os.getpid(), number)
+        return look(job, state, at)
+
+    monkeypatch.setattr(training.Job, "look", look_and_signal)
+    with pytest.raises(Stopped, match="step 20") as stopped:
+        jaxgpt.train(config)
+    assert stopped.value.signal_number == number
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 1000
+    monkeypatch.undo()
+    assert jaxgpt.train(config).step == 40
+    assert records(tmp_path / "run", "start")[1]["step"] == 20
+
+
+def test_signals_are_collected_once_and_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == before  # a second one acts as usual
+    assert signal.getsignal(signal.SIGTERM) == before
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(stop_requests().__enter__()))
+    thread.start()
+    thread.join()
+    assert seen == [[]]  # outside the main thread nothing is installed
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
+    config = jaxgpt.load_config(tiny_config)
+    jaxgpt.train(config)
+    before = (tmp_path / "run" / "checkpoints" / "40" / "manifest.json").read_bytes()
+    jaxgpt.train(config)
+    assert (tmp_path / "run" / "checkpoints" / "40" / "manifest.json").read_bytes() == before
+    assert len(records(tmp_path / "run", "train")) == 8
+
+
+def test_more_steps_continue_a_run_whose_schedule_is_given(tiny_config):
+    argv = [*tiny_config, "--optim.decay_steps", "40"]
+    jaxgpt.train(jaxgpt.load_config(argv))
+    assert jaxgpt.train(jaxgpt.load_config([*argv, "--train.steps", "50"])).step == 50
+
+
+def test_a_directory_of_another_run_is_refused_untouched(tiny_config, tmp_path, text_file):
+    jaxgpt.train(jaxgpt.load_config(tiny_config))
+    files = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(OtherRunError, match=r"model.n_embd \(was 16, now 32\)"):
+        jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.n_embd", "32"]))
+    with pytest.raises(OtherRunError, match="there is a run already"):
+        jaxgpt.train(jaxgpt.load_config([*tiny_config, "--run.resume", "never"]))
+    text_file.write_text(text_file.read_text()[::-1])
+    with pytest.raises(OtherRunError, match="the text itself"):
+        jaxgpt.train(jaxgpt.load_config(tiny_config))
+    assert files == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_resume_must_needs_something_to_resume(tiny_config, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        jaxgpt.train(jaxgpt.load_config([*tiny_config, "--run.resume", "must"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config, tmp_path):
+    argv = [*tiny_config, "--optim.learning_rate", "1e30", "--optim.grad_clip", "0"]
+    with jax.debug_nans(False), pytest.raises(training.NonFiniteError, match=r"step .*learning_rate"):
+        jaxgpt.train(jaxgpt.load_config(argv))
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
+    for saved in checkpoints.steps():
+        chex.assert_tree_all_finite(params_of(tmp_path / "run", saved))
+
+
+def test_load_gives_the_best_step_and_any_other(tiny_config, tmp_path):
+    jaxgpt.train(jaxgpt.load_config(tiny_config))
+    losses = {e["step"]: e["val_loss"] for e in records(tmp_path / "run", "eval") if e["step"]}
+    run = jaxgpt.load(tmp_path / "run")
+    assert run.step == min(losses, key=losses.get)
+    assert jaxgpt.load(tmp_path / "run", step=30).step == 30
+    tokens = run.tokenizer.encode("the king")[None]
+    chex.assert_shape(run.model(tokens), (1, 8, run.tokenizer.vocab_size))
+    assert step.evaluate(run.model, np.tile(tokens[0], 9)) > 0
+
+
+@pytest.mark.parametrize("damage", ["config.yaml", "tokenizer.json"])
+def test_a_directory_that_is_no_run_is_named(tiny_config, tmp_path, damage):
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        jaxgpt.load(tmp_path)
+    jaxgpt.train(jaxgpt.load_config(tiny_config))
+    (tmp_path / "run" / damage).write_text("{")
+    with pytest.raises(CheckpointError, match="damaged run directory"):
+        jaxgpt.load(tmp_path / "run")
+
+
+def test_a_vocabulary_other_than_the_text_s_is_refused(tiny_config):
+    with pytest.raises(ValueError, match="the tokenizer has"):
+        jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.vocab_size", "99"]))
