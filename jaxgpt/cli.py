@@ -1,4 +1,4 @@
-"""The command line: `jaxgpt train|sample|eval`. Errors become one line on stderr and an exit code."""
+"""The command line: `jaxgpt train|sample|eval|ladder`. Errors become one line on stderr and an exit code."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, sampling, training
+from jaxgpt import corpus, data, ladder, sampling, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.run import OtherRunError, load
@@ -27,6 +27,7 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   train    train a recipe, or continue the run:  jaxgpt train --config configs/shakespeare_cpu.yaml
   sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
   eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
+  ladder   train the small rungs of the lecture:  jaxgpt ladder
 
 `jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
 Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run directory unusable, 5 loss not finite,
@@ -144,13 +145,27 @@ def evaluate(argv: Sequence[str]) -> None:
     print(json.dumps(result))
 
 
+def climb_ladder(argv: Sequence[str]) -> None:
+    """`jaxgpt ladder`."""
+    args: ladder.LadderArgs = _parse(ladder.LadderArgs, argv, "jaxgpt ladder")
+    if args.seeds < 1:
+        raise ConfigError(f"seeds is {args.seeds} (command line): use 1 or more")
+    picture = ladder.climb(args)
+    print(f"\n{picture.with_name('ladder.md').read_text(encoding='utf-8')}\npicture  {picture}")
+
+
 def _parse(cls: type, argv: Sequence[str], prog: str):
     if {"-h", "--help"} & set(argv):
         configs.run_tyro(cls, ["--help"], prog)
     return configs.parse_flags(cls, argv, prog)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "sample": sample, "eval": evaluate}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "sample": sample,
+    "eval": evaluate,
+    "ladder": climb_ladder,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

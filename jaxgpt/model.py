@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxgpt.matmul import dot_general
+
 INIT_STDDEV = 0.02  # GPT-2's, which the lecture takes over at its end
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's and GPT-2's; Flax's own default is 1e-6
 
@@ -102,7 +104,8 @@ def _linear(config: GPTConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.
     kernel_init, bias_init = nnx.initializers.normal(stddev), nnx.initializers.zeros_init()
     if config.init == "torch":
         kernel_init = bias_init = partial(jax.random.uniform, minval=-(inputs**-0.5), maxval=inputs**-0.5)
-    return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+    options = {"kernel_init": kernel_init, "bias_init": bias_init, "dot_general": dot_general}
+    return nnx.Linear(inputs, outputs, use_bias=bias, rngs=rngs, **options)
 
 
 def _linear_into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):

@@ -40,6 +40,35 @@ def draw_loss(run_dir: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
+def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, float]) -> pathlib.Path:
+    """Draw the validation loss of several runs over their steps, with horizontal lines, into ladder.png.
+
+    Args:
+        folder: the directory that holds the run directories and gets the picture.
+        runs: their names, from the worst to the best.
+        lines: losses that need no training, by name.
+    """
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = plt.get_cmap("viridis_r")
+    for i, run in enumerate(runs):
+        records = read_metrics(pathlib.Path(folder) / run)
+        steps, losses = _sorted({r["step"]: r["val_loss"] for r in records if r["kind"] == "eval" and r["step"]})
+        label = f"{run.rpartition('-')[0].replace('_', ' ')}  {losses[-1]:.2f}"
+        axes.plot(steps, losses, color=colors(0.1 + 0.9 * i / len(runs)), marker="o", markersize=3, label=label)
+    for name, loss in lines.items():
+        axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
+        axes.annotate(
+            f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray"
+        )
+    axes.set(xlabel="step", ylabel="validation loss (nats per character)", title="The lecture, rung by rung")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", ncols=2)
+    path = pathlib.Path(folder) / "ladder.png"
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
 def _sorted(values: dict) -> tuple[list, list]:
     known = sorted((step, value) for step, value in values.items() if value is not None)
     return [step for step, _ in known], [value for _, value in known]

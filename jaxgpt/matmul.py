@@ -1,0 +1,43 @@
+"""The matmul of the linear layers, with a weight gradient that CPUs compute faster.
+
+1.2x on a training step of configs/shakespeare_cpu.yaml, one core: `python benchmarks/matmul.py`.
+"""
+
+import jax
+
+
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """`x @ w`: (..., I) times (I, O) -> (..., O), any floating dtype."""
+    return x @ w
+
+
+def _forward(x, w):
+    return matmul(x, w), (x, w)
+
+
+def _backward(saved, dy):
+    x, w = saved
+    rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    return dy @ w.T, jax.lax.platform_dependent(*rows, cpu=_narrow_first, default=_contract_rows)
+
+
+def _contract_rows(a, b):
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
+
+
+def _narrow_first(x, dy):
+    # XLA's CPU backend copies the first operand of this product with a stride, and the activation's derivative with it:
+    # the narrow one should be first. The barrier keeps XLA from folding the small transpose back into the product.
+    if x.shape[1] <= dy.shape[1]:
+        return _contract_rows(x, dy)
+    return jax.lax.optimization_barrier(_contract_rows(dy, x)).T
+
+
+matmul.defvjp(_forward, _backward)
+
+
+def dot_general(x, w, dimension_numbers, precision=None, **_):
+    """`matmul` where `nnx.Linear` expects a `dot_general`."""
+    assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ()))
+    return matmul(x, w)

@@ -1,0 +1,31 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgpt.matmul import dot_general, matmul
+
+
+@pytest.mark.parametrize("inputs, outputs", [(8, 32), (32, 8), (8, 8)])
+def test_value_and_gradients_are_those_of_the_plain_product(inputs, outputs):
+    keys = jax.random.split(jax.random.key(inputs + outputs), 3)
+    x, w, out = (jax.random.normal(k, s) for k, s in zip(keys, [(3, 5, inputs), (inputs, outputs), (3, 5, outputs)]))
+    (ours, of_ours), (plain, of_plain) = (jax.vjp(jax.jit(f), x, w) for f in (matmul, jnp.matmul))
+    np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    for mine, theirs in zip(of_ours(out), of_plain(out)):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)  # float32 sums of 15 and 32 terms
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_barrier_is_for_cpus_only(platform):
+    def loss(x, w):
+        return matmul(x, w).sum()
+
+    shapes = jax.ShapeDtypeStruct((15, 32), jnp.float32), jax.ShapeDtypeStruct((32, 8), jnp.float32)
+    text = jax.jit(jax.grad(loss, 1)).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == (platform == "cpu")
+
+
+def test_only_the_product_of_a_linear_layer_is_taken():
+    with pytest.raises(AssertionError):
+        dot_general(jnp.zeros((2, 3)), jnp.zeros((4, 3)), (((1,), (1,)), ((), ())))
