@@ -1,4 +1,4 @@
-"""The command line: `jaxgpt train|sample|eval|ladder`. Errors become one line on stderr and an exit code."""
+"""The command line: `jaxgpt train|sample|eval|ladder|doctor`. Errors become one line on stderr and an exit code."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, ladder, sampling, training
+from jaxgpt import corpus, data, doctor, ladder, sampling, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.run import OtherRunError, load
@@ -28,6 +28,7 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
   eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
   ladder   train the small rungs of the lecture:  jaxgpt ladder
+  doctor   what jax finds on this machine:        jaxgpt doctor
 
 `jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
 Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run directory unusable, 5 loss not finite,
@@ -129,6 +130,10 @@ def evaluate(argv: Sequence[str]) -> None:
         raise ConfigError(f"no such split (--split, {args.split}): use train or val")
     run = load(args.run)
     text = corpus.load(run.config.data.name, run.config.data.path)
+    if text.sha256 != run.corpus_sha256:
+        raise data.DataError(
+            f"not the text that the run learned from ({text.name}, sha256 {text.sha256}): restore the file"
+        )
     ids = run.tokenizer.encode(text.text)
     splits = data.split(ids, run.config.data.train_fraction, run.tokenizer.vocab_size, run.config.model.block_size)
     tokens = getattr(splits, args.split)
@@ -154,6 +159,13 @@ def climb_ladder(argv: Sequence[str]) -> None:
     print(f"\n{picture.with_name('ladder.md').read_text(encoding='utf-8')}\npicture  {picture}")
 
 
+def examine_machine(argv: Sequence[str]) -> None:
+    """`jaxgpt doctor`."""
+    if argv and argv[0] not in ("-h", "--help"):
+        raise ConfigError(f"doctor takes no flags (command line, {argv[0]}): run `jaxgpt doctor`")
+    print(doctor.report() if not argv else "usage: jaxgpt doctor\n\nWhat jax finds on this machine; ! marks a remedy.")
+
+
 def _parse(cls: type, argv: Sequence[str], prog: str):
     if {"-h", "--help"} & set(argv):
         configs.run_tyro(cls, ["--help"], prog)
@@ -165,6 +177,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "eval": evaluate,
     "ladder": climb_ladder,
+    "doctor": examine_machine,
 }
 
 
@@ -180,9 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--help"]
             raise ConfigError(f"no such command ({argv[0]}): perhaps you meant `jaxgpt {near[0]}`")
-        folder = corpus.cache_dir() / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        keep_compiled()
         COMMANDS[argv[0]](argv[1:])
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
@@ -197,6 +208,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return code
     return 0
+
+
+def keep_compiled() -> None:
+    """Keep what XLA compiles in the user's cache folder, if it can be written."""
+    try:
+        folder = corpus.cache_dir() / "xla"
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    except (OSError, corpus.CorpusError):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}

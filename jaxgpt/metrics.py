@@ -106,6 +106,12 @@ class Console:
             f"more     jaxgpt sample --run {folder}"
         )
 
+        if not r["val_loss"] < r["uniform_loss"]:
+            self._console.print(
+                f"warning  nothing was learned: guessing uniformly costs ln V = {r['uniform_loss']:.4f}; "
+                "try another --optim.learning_rate, or a longer text"
+            )
+
     def _at(self, r: Record) -> str:
         return f"step {r['step']:>{len(f'{self._steps:,}')},}/{self._steps:,}"
 

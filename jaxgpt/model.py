@@ -97,7 +97,9 @@ class Cache(NamedTuple):
 
 def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs):
     stddev = 1.0 if config.init == "torch" else INIT_STDDEV
-    return nnx.Embed(rows, config.width, embedding_init=nnx.initializers.normal(stddev), rngs=rngs)
+    table = nnx.Embed(rows, config.width, embedding_init=nnx.initializers.normal(stddev), rngs=rngs)
+    table.dtype = None  # that of the parameters at the call; nnx.Embed would keep the one that they are made with
+    return table
 
 
 def _linear(config: GPTConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, stddev: float = INIT_STDDEV):
@@ -118,7 +120,9 @@ def _linear_into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs):
     if config.norm == "none":
         return _unchanged
-    return nnx.LayerNorm(config.width, epsilon=LAYER_NORM_EPSILON, use_bias=config.bias != "none", rngs=rngs)
+    # the fast variance, E[x^2] - E[x]^2, loses digits where the mean is large
+    options = {"epsilon": LAYER_NORM_EPSILON, "use_fast_variance": False}
+    return nnx.LayerNorm(config.width, use_bias=config.bias != "none", rngs=rngs, **options)
 
 
 def _unchanged(x):

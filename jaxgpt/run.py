@@ -22,13 +22,14 @@ class OtherRunError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run directory holds: `model` has the float32 parameters of `step`."""
+    """What a run directory holds; `model` has the float32 parameters of `step`."""
 
     dir: pathlib.Path
     config: Config
     tokenizer: CharTokenizer
     model: GPT
     step: int
+    corpus_sha256: str
 
 
 def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
@@ -44,11 +45,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     run_dir = pathlib.Path(run_dir)
     if not (run_dir / CONFIG).is_file():
         raise CheckpointError(f"not a run directory ({run_dir}, no {CONFIG}): name one that `jaxgpt train` made")
-    try:
-        config = configs.load_config(["--config", str(run_dir / CONFIG)])
-        tokenizer = tokenizers.load(run_dir / TOKENIZER)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
+    config, tokenizer = _read(run_dir)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     if step is None:
         step = checkpoints.best()
@@ -60,7 +57,16 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), nnx.to_pure_dict(state))
     params = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
-    return Run(run_dir, config, tokenizer, nnx.merge(graphdef, params), step)
+    model, sha256 = nnx.merge(graphdef, params), checkpoints.manifest(step)["corpus_sha256"]
+    return Run(run_dir, config, tokenizer, model, step, sha256)
+
+
+def _read(run_dir: pathlib.Path) -> tuple[Config, CharTokenizer]:
+    try:
+        config = configs.load_config(["--config", str(run_dir / CONFIG)])
+        return config, tokenizers.load(run_dir / TOKENIZER)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
 
 
 def open_to_train(config: Config, tokenizer: CharTokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
@@ -81,8 +87,7 @@ def open_to_train(config: Config, tokenizer: CharTokenizer, corpus_sha256: str) 
     if (folder / CONFIG).is_file():
         if config.run.resume == "never":
             raise OtherRunError(f"there is a run already ({folder}): name another --run.dir")
-        theirs = configs.load_config(["--config", str(folder / CONFIG)])
-        different = configs.differences(theirs, config)
+        different = configs.differences(_read(folder)[0], config)
         if latest is not None and checkpoints.manifest(latest)["corpus_sha256"] != corpus_sha256:
             different.append("the text itself")
         if different:
@@ -91,6 +96,6 @@ def open_to_train(config: Config, tokenizer: CharTokenizer, corpus_sha256: str) 
                 "name another --run.dir, or repeat that run's settings"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
     tokenizer.save(folder / TOKENIZER)
+    (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
     return checkpoints, latest

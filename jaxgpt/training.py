@@ -1,5 +1,6 @@
 """`train(config)`: from a configuration to a trained run directory. The step itself is in step.py."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -154,19 +155,20 @@ def run_steps(job: Job, state: TrainState, asked: list[int]) -> TrainState:
         Stopped: there was a signal.
     """
     config, every = job.config.train, job.config.run.checkpoint_interval
-    compiled = cache(partial(job.compile, state))
-    step = int(state.step)
+    compiled = cache(partial(job.compile, jax.eval_shape(lambda: state)))
+    step, ended = int(state.step), 0.0
     if step == 0:
         job.look(state, step)
     while step < config.steps and not asked:
         # up to the next boundary in calls of steps_per_call, the rest one by one; a call's metrics are read after the
         # next one has been dispatched
         boundary = min(*(step // each * each + each for each in (config.eval_interval, every)), config.steps)
-        compiled(config.steps_per_call)
-        waiting, ended = [], time.perf_counter()
+        waiting = []
         while step < boundary and not asked:
             n = config.steps_per_call if boundary - step >= config.steps_per_call else 1
-            state, chunk = compiled(n)(state, job.splits.train, job.key)
+            call = compiled(n)
+            ended = ended if waiting else time.perf_counter()
+            state, chunk = call(state, job.splits.train, job.key)
             waiting.append((step, chunk))
             step += n
             if len(waiting) > 1:
@@ -207,26 +209,26 @@ def train(config: Config) -> Run:
     if resumed is not None:
         state = TrainState(**checkpoints.restore(resumed, vars(state)))
 
-    file, console = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
+    with contextlib.ExitStack() as stack:
+        stack.callback(report.draw_loss, config.run.dir)
+        stack.callback(checkpoints.close)
+        sinks = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
+        for sink in sinks:
+            stack.callback(sink.close)
 
-    def emit(record: metrics.Record) -> None:
-        file(record)
-        console(record)
+        def emit(record: metrics.Record) -> None:
+            for sink in sinks:
+                sink(record)
 
-    facts, key = {"corpus_sha256": corpus.sha256}, jax.random.key(config.seed)
-    job = Job(config, recipe, splits, tokenizer, checkpoints, emit, facts, key, started)
-    try:
+        facts, key = {"corpus_sha256": corpus.sha256}, jax.random.key(config.seed)
+        job = Job(config, recipe, splits, tokenizer, checkpoints, emit, facts, key, started)
         emit(start_record(config, corpus, tokenizer, state))
         with stop_requests() as asked:
             state = run_steps(job, state, asked)
         loss = evaluate(build(recipe, state.params), splits.val)
-        emit({"kind": "final", "step": config.train.steps, "val_loss": loss, "elapsed_s": time.perf_counter() - started,
-              "run_dir": config.run.dir, "sample": job.sample(state, config.train.steps)})  # fmt: skip
-    finally:
-        checkpoints.close()
-        file.close()
-        console.close()
-        report.draw_loss(config.run.dir)
+        spent, last = time.perf_counter() - started, config.train.steps
+        emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(tokenizer.vocab_size),
+              "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
     return load(config.run.dir, config.train.steps)
 
 

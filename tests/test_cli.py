@@ -48,7 +48,7 @@ def test_help_names_every_command_and_exit_code(capsys):
 def test_each_command_explains_its_flags(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert "--model.n_layer" in out if command == "train" else "--run" in out
+    assert {"train": "--model.n_layer", "ladder": "--seeds", "doctor": "usage"}.get(command, "--run") in out
 
 
 def test_train_without_a_recipe_lists_them(capsys, monkeypatch):
@@ -89,6 +89,25 @@ def test_what_happens_is_said_in_plain_lines_without_a_terminal(tiny_config, cap
     ]
     assert [out.index(word) for word in order] == sorted(out.index(word) for word in order)
     assert f"jaxgpt sample --run {tmp_path / 'run'}" in out
+
+
+def test_a_run_that_learned_nothing_says_so(tiny_config, capsys, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("")
+    flags = ["--optim.learning_rate", "3", "--optim.min_learning_rate", "3"]
+    assert cli.main(["train", "--config", str(file), *tiny_config, *flags]) == 0
+    assert "warning  nothing was learned" in capsys.readouterr().out
+    assert cli.main(["train", "--config", str(file), *tiny_config, "--run.dir", str(tmp_path / "other")]) == 0
+    assert "nothing was learned" not in capsys.readouterr().out
+
+
+def test_evaluating_on_another_text_is_refused(run_dir, capsys):
+    file = run_dir.parent / "my.txt"
+    text = file.read_text()
+    file.write_text(text[::-1])
+    code, message = error_of(capsys, ["eval", "--run", str(run_dir)])
+    file.write_text(text)
+    assert code == 3 and "not the text" in message
 
 
 def test_only_the_text_goes_to_stdout(run_dir, capsys):
@@ -172,6 +191,13 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(capsys, tmp_path, ti
     argv = ["train", "--config", str(tmp_path / "recipe.yaml"), *tiny_config]
     code, message = error_of(capsys, [*argv, "--run.dir", str(tmp_path / "file" / "run")])
     assert code == 7 and str(tmp_path / "file") in message
+
+
+def test_doctor_prints_what_jax_found_and_takes_no_flags(capsys):
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {topic} " in out or f"! {topic} " in out for topic in ("python", "packages", "devices", "cache"))
+    assert error_of(capsys, ["doctor", "--fast"])[0] == 2
 
 
 def test_a_bug_asks_for_debug_which_shows_the_traceback(capsys, monkeypatch):

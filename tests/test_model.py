@@ -90,6 +90,17 @@ def test_past_logits_have_no_gradient_of_future_tokens(t):
     assert (rows[t + 1 :] == 0).all()
 
 
+def test_stream_and_head_have_the_documented_shapes():
+    model = GPT(SMALL, rngs=nnx.Rngs(0))
+    x, cache = model.hidden(jnp.zeros((3, 5), jnp.int32))
+    chex.assert_shape(x, (3, 5, 16))
+    chex.assert_shape(jax.tree.leaves(cache.layers), (3, 2, 5, 8))
+    chex.assert_shape(model.logits(x), (3, 5, 65))
+    out, keys_values = model.blocks[0].attn(x)
+    chex.assert_shape([out, model.blocks[0].mlp(x), model.blocks[0](x)[0]], (3, 5, 16))
+    chex.assert_shape(keys_values, (3, 2, 5, 8))
+
+
 def test_tokens_fed_one_by_one_through_the_cache_give_the_same_logits():
     model = GPT(SMALL, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (3, 8), 0, 65)
@@ -116,9 +127,19 @@ def test_bfloat16_weights_still_give_float32_logits_near_the_exact_ones():
     graphdef, params = nnx.split(model)
     half = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(jnp.bfloat16), params))
     tokens = jnp.arange(8)[None]
+    chex.assert_type(half.hidden(tokens)[0], jnp.bfloat16)
     chex.assert_type(half(tokens), jnp.float32)
     scale = float(jnp.abs(model(tokens)).max())
     np.testing.assert_allclose(half(tokens), model(tokens), atol=0.03 * scale)  # 8 bits of mantissa, a few layers
+
+
+def test_layer_norm_is_exact_where_the_mean_is_large():
+    norm = GPT(SMALL, rngs=nnx.Rngs(0)).ln_f
+    x = 100 + np.random.default_rng(0).normal(size=(4, 16))
+    x = x.astype(np.float32).astype(np.float64)
+    expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    # a hundred times float32's last digit; with the fast variance the difference is 3e-3
+    np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), expected, atol=1e-4)
 
 
 def test_projections_into_the_stream_start_smaller_with_scaled_init():

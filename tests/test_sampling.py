@@ -104,7 +104,10 @@ def test_probabilities_are_those_of_the_definitions(hundredths, temperature, top
 
 def test_drawn_tokens_follow_the_filtered_probabilities():
     logits = jnp.array([2.0, 1.5, 1.0, 0.0, -1.0])
-    draws = sample(jnp.tile(logits, (20_000, 1)), jax.random.key(0), make_rule(0.7, 4, 0.9))
+    tiled, rule = jnp.tile(logits, (20_000, 1)), make_rule(0.7, 4, 0.9)
+    draws = sample(tiled, jax.random.key(0), rule)
+    chex.assert_shape(filter_logits(tiled, rule), (20_000, 5))
+    chex.assert_shape(draws, (20_000,))
     expected = reference_probabilities(logits, 0.7, 4, 0.9)
     assert (expected > 0).sum() == 3
     frequencies = np.bincount(draws, minlength=5) / 20_000

@@ -122,6 +122,7 @@ def test_bfloat16_trains_like_float32_with_float32_parameters():
 def test_evaluation_is_the_mean_over_all_tokens_but_the_first(n):
     model = step.init_model(GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16), seed=3)
     tokens = np.asarray(TOKENS[:n], np.int32)
+    chex.assert_shape(step.token_losses(model, tokens[None, :8], tokens[None, 1:9]), (1, 8))
     nats = []
     for start in range(0, n - 1, 8):
         window = tokens[None, start : start + 9]
@@ -135,6 +136,7 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(n):
 def test_the_quick_estimate_agrees_with_the_whole_split():
     recipe, state = make(batch_size=16)
     estimate = step.estimate_loss(state.params, TOKENS, jax.random.key(0), recipe=recipe, n=20)
+    chex.assert_shape(estimate, ())
     assert float(estimate) == pytest.approx(step.evaluate(step.build(recipe, state.params), TOKENS), abs=0.02)
 
 

@@ -124,6 +124,13 @@ def test_signals_are_collected_once_and_handlers_come_back():
     assert seen == [[]]  # outside the main thread nothing is installed
 
 
+def test_steps_that_do_not_divide_are_all_run_once(tiny_config, tmp_path):
+    odd = ["--train.steps", "17", "--train.log_interval", "1", "--run.checkpoint_interval", "7"]
+    assert jaxgpt.train(jaxgpt.load_config([*tiny_config, *odd])).step == 17
+    assert [r["step"] for r in records(tmp_path / "run", "train")] == list(range(1, 18))
+    assert checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps() == [14, 17]
+
+
 def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
     config = jaxgpt.load_config(tiny_config)
     jaxgpt.train(config)

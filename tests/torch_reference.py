@@ -4,6 +4,9 @@ Written from the definitions, with the lecture's names, and independent of jaxgp
 its own parts and states its own sizes. Only the last functions know how jaxgpt lays out its parameters.
 """
 
+from collections import OrderedDict
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -99,56 +102,18 @@ class FusedAttention(nn.Module):
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-class FeedForward(nn.Module):
-    def __init__(self, n_embd, dropout, activation, bias=True):
-        super().__init__()
-        self.fc = nn.Linear(n_embd, 4 * n_embd, bias)
-        self.activation = activation
-        self.proj = nn.Linear(4 * n_embd, n_embd, bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        return self.dropout(self.proj(self.activation(self.fc(x))))
-
-
-class OneLayer(nn.Module):
-    """The feed-forward layer as it first appears in the lecture."""
-
-    def __init__(self, n_embd):
-        super().__init__()
-        self.fc = nn.Linear(n_embd, n_embd)
-
-    def forward(self, x):
-        return self.fc(x).relu()
-
-
-class PlainBlock(nn.Module):
-    """Attention, then perhaps a feed-forward layer, before the lecture adds skip connections."""
-
-    def __init__(self, sa, ffwd=None):
-        super().__init__()
-        self.sa = sa
-        self.ffwd = ffwd or nn.Identity()
-
-    def forward(self, x):
-        return self.ffwd(self.sa(x))
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, sa, ffwd):
-        super().__init__()
-        self.sa, self.ffwd = sa, ffwd
-
-    def forward(self, x):
-        x = x + self.sa(x)
-        return x + self.ffwd(x)
+def feed_forward_layer(n_embd, dropout, activation, bias=True):
+    wide = {"fc": nn.Linear(n_embd, 4 * n_embd, bias), "activation": activation}
+    return nn.Sequential(OrderedDict(wide, proj=nn.Linear(4 * n_embd, n_embd, bias), dropout=nn.Dropout(dropout)))
 
 
 class Block(nn.Module):
-    def __init__(self, n_embd, sa, ffwd, bias=True):
+    def __init__(self, n_embd, sa, ffwd, norm=True, bias=True):
         super().__init__()
-        self.ln1, self.sa = nn.LayerNorm(n_embd, bias=bias), sa
-        self.ln2, self.ffwd = nn.LayerNorm(n_embd, bias=bias), ffwd
+        self.ln1 = nn.LayerNorm(n_embd, bias=bias) if norm else nn.Identity()
+        self.sa = sa
+        self.ln2 = nn.LayerNorm(n_embd, bias=bias) if norm else nn.Identity()
+        self.ffwd = ffwd
 
     def forward(self, x):
         x = x + self.sa(self.ln1(x))
@@ -174,8 +139,10 @@ class Lecture(LanguageModel):
 
 
 class GPT2(LanguageModel):
-    """GPT-2 (Radford et al. 2019): tied head, dropout on the embeddings; without biases and with the erf form of GELU
-    it is what nanoGPT trains on Shakespeare."""
+    """GPT-2 (Radford et al. 2019): tied head, dropout on the embeddings too.
+
+    Without biases and with the erf form of GELU it is what nanoGPT trains on Shakespeare.
+    """
 
     def __init__(self, n_layer, n_head, n_embd, block_size, dropout=0.0, bias=True, gelu="tanh", vocab_size=65):
         super().__init__()
@@ -183,17 +150,11 @@ class GPT2(LanguageModel):
         self.token_embedding_table = nn.Embedding(vocab_size, n_embd)
         self.position_embedding_table = nn.Embedding(block_size, n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(
-            *(
-                Block(
-                    n_embd,
-                    FusedAttention(n_head, n_embd, dropout, bias),
-                    FeedForward(n_embd, dropout, nn.GELU(approximate=gelu), bias),
-                    bias,
-                )
-                for _ in range(n_layer)
-            )
-        )
+        self.blocks = nn.Sequential()
+        for _ in range(n_layer):
+            sa = FusedAttention(n_head, n_embd, dropout, bias)
+            ffwd = feed_forward_layer(n_embd, dropout, nn.GELU(approximate=gelu), bias)
+            self.blocks.append(Block(n_embd, sa, ffwd, bias=bias))
         self.ln_f = nn.LayerNorm(n_embd, bias=bias)
         init_normal(self)
         for block in self.blocks:
@@ -216,62 +177,41 @@ def init_normal(model):
     return model
 
 
-def one_head():
-    return Lecture([PlainBlock(MultiHeadAttention(1, 32, 8, projection=False))])
-
-
-def four_heads():
-    return Lecture([PlainBlock(MultiHeadAttention(4, 32, 8, projection=False))])
+def plain(n_head, **after):
+    """Heads, and perhaps a layer after them, without projections and skip connections."""
+    sa = MultiHeadAttention(n_head, n_embd=32, block_size=8, projection=False)
+    return Lecture([nn.Sequential(OrderedDict(sa=sa, **after))])
 
 
 def feed_forward():
-    return Lecture([PlainBlock(MultiHeadAttention(4, 32, 8, projection=False), OneLayer(32))])
+    return plain(4, ffwd=nn.Sequential(OrderedDict(fc=nn.Linear(32, 32), activation=nn.ReLU())))
 
 
-def residual():
-    parts = ((MultiHeadAttention(4, 32, 8), FeedForward(32, 0.0, nn.ReLU())) for _ in range(3))
-    return Lecture([ResidualBlock(*each) for each in parts])
+def final(norm=True, n_layer=3, n_head=4, n_embd=32, block_size=8, dropout=0.0):
+    """The lecture's finished form, which grows from the residual rung to the scaled model."""
+    blocks = []
+    for _ in range(n_layer):
+        sa = MultiHeadAttention(n_head, n_embd, block_size, dropout)
+        blocks.append(Block(n_embd, sa, feed_forward_layer(n_embd, dropout, nn.ReLU()), norm))
+    model = Lecture(blocks, norm, n_embd, block_size)
+    return init_normal(model) if norm else model
 
 
-def layernorm(n_layer=3, n_head=4, n_embd=32, block_size=8, dropout=0.0):
-    """The lecture's final form, of which the Colab and the scaled model are larger ones."""
-    parts = (
-        (MultiHeadAttention(n_head, n_embd, block_size, dropout), FeedForward(n_embd, dropout, nn.ReLU()))
-        for _ in range(n_layer)
-    )
-    blocks = [Block(n_embd, *each) for each in parts]
-    return init_normal(Lecture(blocks, norm=True, n_embd=n_embd, block_size=block_size))
+BIG = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2}
 
-
-def colab(**sizes):
-    return layernorm(**{"n_layer": 4, "n_embd": 64, "block_size": 32} | sizes)
-
-
-def scaled(**sizes):
-    return layernorm(**{"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2} | sizes)
-
-
-def shakespeare_cpu(**sizes):
-    return GPT2(**{"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 64, "bias": False, "gelu": "none"} | sizes)
-
-
-def shakespeare(**sizes):
-    return shakespeare_cpu(**{"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "dropout": 0.2} | sizes)
-
-
-# by the name of jaxgpt's configuration
+# by the name of jaxgpt's configuration; sizes can be given anew
 REFERENCES = {
     "lecture/bigram": Bigram,
     "lecture/positions": Lecture,
-    "lecture/one_head": one_head,
-    "lecture/four_heads": four_heads,
+    "lecture/one_head": partial(plain, 1),
+    "lecture/four_heads": partial(plain, 4),
     "lecture/feed_forward": feed_forward,
-    "lecture/residual": residual,
-    "lecture/layernorm": layernorm,
-    "lecture/colab": colab,
-    "lecture/scaled": scaled,
-    "shakespeare_cpu": shakespeare_cpu,
-    "shakespeare": shakespeare,
+    "lecture/residual": partial(final, norm=False),
+    "lecture/layernorm": final,
+    "lecture/colab": partial(final, n_layer=4, n_embd=64, block_size=32),
+    "lecture/scaled": partial(final, **BIG),
+    "shakespeare_cpu": partial(GPT2, n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, gelu="none"),
+    "shakespeare": partial(GPT2, **BIG, bias=False, gelu="none"),
 }
 
 
@@ -292,14 +232,14 @@ def leaves(model):
         at = ("blocks", i)
         for name, ours in (("ln1", "ln_1"), ("ln2", "ln_2")):
             add([*at, ours], getattr(block, name, None))
-        for name in ("fc", "proj"):
-            add([*at, "mlp", name], getattr(block.ffwd, name, None))
         if isinstance(block.sa, FusedAttention):
             add([*at, "attn", "qkv"], block.sa.c_attn)
         else:
             heads = block.sa.heads
             add([*at, "attn", "qkv"], *(getattr(head, name) for name in ("query", "key", "value") for head in heads))
         add([*at, "attn", "proj"], block.sa.proj)
+        for name in ("fc", "proj"):
+            add([*at, "mlp", name], getattr(getattr(block, "ffwd", None), name, None))
     return found
 
 

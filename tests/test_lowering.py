@@ -1,0 +1,37 @@
+"""A CPU machine can lower for the others: what they would be given to compile."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxgpt import optim, sampling, step
+from jaxgpt.model import Cache, GPTConfig
+
+CONFIG = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_training_step_lowers_for_every_platform_and_computes_in_bfloat16(platform):
+    model = step.init_model(CONFIG, seed=0)
+    config = optim.OptimConfig(decay_steps=10)
+    tx, schedule = optim.optimizer(config), optim.schedule(config)
+    recipe = step.Recipe(nnx.graphdef(model), tx, schedule, 4, 8, 1, jnp.dtype(jnp.bfloat16))
+    traced = step.train_steps.trace(
+        step.init_state(model, tx), jnp.zeros(100, jnp.uint8), jax.random.key(0), recipe=recipe, n=2
+    )
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "dot_general" in text and "xbf16>" in text and "stablehlo.while" in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_generation_lowers_for_every_platform(platform):
+    model, key, rule = step.init_model(CONFIG, seed=0), jax.random.key(0), sampling.make_rule(0.8, 10, 0.9)
+    tokens, layer = jnp.zeros((3, 8), jnp.int32), jnp.zeros((3, 2, 8, 8))
+    cache = Cache(((layer, layer),), jnp.int32(4))
+    for traced in (
+        sampling._prefill.trace(model, tokens, jnp.int32(3), key, rule),
+        sampling._decode.trace(model, tokens[:, 0], cache, key, rule, jnp.int32(1), 3),
+        sampling._slide.trace(model, tokens, key, rule, jnp.int32(5), 3),
+    ):
+        assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
