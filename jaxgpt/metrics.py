@@ -76,10 +76,10 @@ class Console:
         self._console.print(
             f"devices  {devices} ({versions})\n"
             f"model    {r['parameters']:,} parameters, computed in {r['dtype']}\n"
-            f"corpus   {r['corpus']}: {r['characters']:,} characters, {len(r['alphabet'])} distinct: {alphabet}\n"
+            f"corpus   {r['corpus']}: {r['characters']:,} characters, alphabet of {len(r['alphabet'])}: {alphabet}\n"
             f"step     {rows} windows x {window} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
-            + "\ncompile  ... (seconds to a minute, once: later runs find it in the cache)"
+            + "\ncompile  ... (seconds to a minute the first time)"
         )  # fmt: skip
 
     def _compile(self, r: Record) -> None:

@@ -4,9 +4,7 @@ import json
 import pathlib
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def read_metrics(run_dir: str | pathlib.Path) -> list[dict]:
@@ -26,7 +24,8 @@ def draw_loss(run_dir: str | pathlib.Path) -> pathlib.Path:
     # a resumed run repeats the steps after its last checkpoint: the last record of a step counts
     train = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
     evals = {r["step"]: r for r in records if r["kind"] == "eval"}
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     axes.plot(*_sorted(train), color="tab:blue", alpha=0.3, linewidth=1, label="batch")
     for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
         losses = {step: r[f"{name}_loss"] for step, r in evals.items()}
@@ -36,7 +35,6 @@ def draw_loss(run_dir: str | pathlib.Path) -> pathlib.Path:
     axes.legend()
     path = pathlib.Path(run_dir) / "loss.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 
@@ -48,8 +46,9 @@ def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, fl
         runs: their names, from the worst to the best.
         lines: losses that need no training, by name.
     """
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colors = plt.get_cmap("viridis_r")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["viridis_r"]
     for i, run in enumerate(runs):
         records = read_metrics(pathlib.Path(folder) / run)
         steps, losses = _sorted({r["step"]: r["val_loss"] for r in records if r["kind"] == "eval" and r["step"]})
@@ -65,7 +64,6 @@ def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, fl
     axes.legend(loc="upper center", ncols=2)
     path = pathlib.Path(folder) / "ladder.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path
 
 

@@ -209,10 +209,10 @@ def train(config: Config) -> Run:
     if resumed is not None:
         state = TrainState(**checkpoints.restore(resumed, vars(state)))
 
+    sinks = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
     with contextlib.ExitStack() as stack:
         stack.callback(report.draw_loss, config.run.dir)
         stack.callback(checkpoints.close)
-        sinks = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
         for sink in sinks:
             stack.callback(sink.close)
 

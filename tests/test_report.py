@@ -2,6 +2,7 @@ import json
 
 import matplotlib.image
 import pytest
+from matplotlib.axes import Axes
 
 from jaxgpt import report
 
@@ -12,13 +13,13 @@ def write(folder, *records):
 
 def test_the_picture_shows_both_losses_and_the_last_record_of_a_repeated_step(tmp_path, monkeypatch):
     drawn = {}
-    plot = report.plt.Axes.plot
+    plot = Axes.plot
 
     def remember(axes, x, y, **style):
         drawn[style["label"]] = (x, y)
         return plot(axes, x, y, **style)
 
-    monkeypatch.setattr(report.plt.Axes, "plot", remember)
+    monkeypatch.setattr(Axes, "plot", remember)
     evals = [{"kind": "eval", "step": step, "train_loss": 3.0 - step, "val_loss": 3.5 - step} for step in (0, 1)]
     write(
         tmp_path,
