@@ -5,8 +5,8 @@ Letters for shapes, here and everywhere in jaxgpt:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple
 
 import chex
@@ -95,17 +95,26 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
+# made once a size: an initializer is a static attribute of its layer, and models that differ in one compile anew
+_normal = functools.cache(nnx.initializers.normal)
+
+
+@functools.cache
+def _uniform(bound: float):
+    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+
+
 def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs):
     stddev = 1.0 if config.init == "torch" else INIT_STDDEV
-    table = nnx.Embed(rows, config.width, embedding_init=nnx.initializers.normal(stddev), rngs=rngs)
+    table = nnx.Embed(rows, config.width, embedding_init=_normal(stddev), rngs=rngs)
     table.dtype = None  # that of the parameters at the call; nnx.Embed would keep the one that they are made with
     return table
 
 
 def _linear(config: GPTConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, stddev: float = INIT_STDDEV):
-    kernel_init, bias_init = nnx.initializers.normal(stddev), nnx.initializers.zeros_init()
+    kernel_init, bias_init = _normal(stddev), nnx.initializers.zeros_init()
     if config.init == "torch":
-        kernel_init = bias_init = partial(jax.random.uniform, minval=-(inputs**-0.5), maxval=inputs**-0.5)
+        kernel_init = bias_init = _uniform(inputs**-0.5)
     options = {"kernel_init": kernel_init, "bias_init": bias_init, "dot_general": dot_general}
     return nnx.Linear(inputs, outputs, use_bias=bias, rngs=rngs, **options)
 
