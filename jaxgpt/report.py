@@ -56,9 +56,7 @@ def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, fl
         axes.plot(steps, losses, color=colors(0.1 + 0.9 * i / len(runs)), marker="o", markersize=3, label=label)
     for name, loss in lines.items():
         axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
-        axes.annotate(
-            f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray"
-        )
+        axes.annotate(f"{name} {loss:.2f}", (0.01, loss), xycoords=("axes fraction", "data"), va="top", color="gray")
     axes.set(xlabel="step", ylabel="validation loss (nats per character)", title="The lecture, rung by rung")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", ncols=2)
