@@ -97,8 +97,8 @@ def consecutive_batch(tokens: jax.Array, i, batch_size: int, block_size: int):
     chex.assert_rank(tokens, 1)
     index = (i * batch_size * block_size + jnp.arange(batch_size * block_size)).reshape(batch_size, block_size)
     last = len(tokens) - 1
-    at = lambda index: tokens[jnp.minimum(index, last)].astype(jnp.int32)  # noqa: E731
-    return at(index), at(index + 1), index < last
+    inputs, targets = (tokens[jnp.minimum(i, last)].astype(jnp.int32) for i in (index, index + 1))
+    return inputs, targets, index < last
 
 
 def consecutive_batches(n_tokens: int, batch_size: int, block_size: int) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,7 +61,9 @@ def test_the_notebook_is_format_4_for_any_python_3_kernel(notebook):
 
 
 def test_the_notebook_is_what_nbformat_calls_valid(notebook):
-    pytest.importorskip("nbformat").validate(notebook)
+    assert nbformat.validate(notebook) is None  # it raises what it finds
+    with pytest.raises(nbformat.ValidationError):
+        nbformat.validate({**notebook, "cells": [{"cell_type": "code"}]})
 
 
 def test_the_notebook_is_committed_without_results(notebook):
@@ -70,9 +73,11 @@ def test_the_notebook_is_committed_without_results(notebook):
 
 
 def test_every_code_cell_compiles(notebook):
-    for i, source in enumerate(sources(notebook, "code")):
+    code = sources(notebook, "code")
+    assert len(code) > 10
+    for i, source in enumerate(code):
         python = re.sub(r"^%matplotlib inline$", "", source, flags=re.MULTILINE)  # IPython's only word in it
-        compile(python, f"code cell {i}", "exec")
+        assert compile(python, f"code cell {i}", "exec")
 
 
 def test_the_badge_opens_this_notebook_of_the_repository_that_the_install_cell_names(notebook):
