@@ -1,5 +1,6 @@
 """Checkpoints of a run directory: orbax writes the arrays, a manifest written last makes a step valid."""
 
+import concurrent.futures
 import dataclasses
 import json
 import os
@@ -43,9 +44,9 @@ class Checkpoints:
     def __init__(self, directory: str | pathlib.Path, keep: int = 2):
         self.directory = pathlib.Path(directory).absolute()
         self.keep = keep
-        self._unfinished: dict[str, Any] | None = None
-        options = ocp.options.AsyncOptions(post_finalization_callback=self._finish)
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
+        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._unfinished: concurrent.futures.Future | None = None
 
     def steps(self) -> list[int]:
         """The valid steps, oldest first."""
@@ -80,11 +81,12 @@ class Checkpoints:
             state: a pytree of arrays.
             facts: what the manifest says besides the step, `val_loss` (float or None) among it.
         """
-        self._orbax.wait_until_finished()
+        self._wait()
         if step in self.steps():
             return
-        self._unfinished = {"step": step, **facts, "arrays": _signature(state)}
         self._orbax.save(self.directory / str(step) / ARRAYS, args=ocp.args.PyTreeSave(state), force=True)
+        manifest = {"step": step, **facts, "arrays": _signature(state)}
+        self._unfinished = self._background.submit(self._finish, manifest)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of a step, or a part of it.
@@ -116,15 +118,25 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait until the last save is on disk and valid."""
-        self._orbax.wait_until_finished()
-        self._orbax.close()
+        try:
+            self._wait()
+        finally:
+            self._background.shutdown()
+            self._orbax.close()
 
-    def _finish(self) -> None:
-        """Make the step valid, and remove those that are no longer kept (the manifest first)."""
-        folder = self.directory / str(self._unfinished["step"])
+    def _wait(self) -> None:
+        if self._unfinished is not None:
+            self._unfinished.result()
+
+    def _finish(self, manifest: dict[str, Any]) -> None:
+        """Make a step valid once its arrays are in place, and remove those no longer kept (the manifest first)."""
+        self._orbax.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        folder = self.directory / str(manifest["step"])
         temporary = folder / (MANIFEST + ".tmp")
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(self._unfinished, file, indent=1)
+            json.dump(manifest, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / MANIFEST)

@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, doctor, ladder, sampling, training
+from jaxgpt import corpus, data, distributed, doctor, ladder, sampling, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.distributed import PeerLostError
 from jaxgpt.run import OtherRunError, load
 from jaxgpt.stopping import Stopped
 from jaxgpt.tokenizer import UnknownCharacterError
@@ -32,7 +33,8 @@ USAGE = """usage: jaxgpt COMMAND [flags]
 
 `jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
 Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run directory unusable, 5 loss not finite,
-6 run directory of another run, 7 storage write failed, 9 out of memory, 75 stopped and saved, 130 Ctrl-C.
+6 run directory of another run, 7 storage write failed, 8 another process lost, 9 out of memory, 75 stopped and saved,
+130 Ctrl-C.
 """
 
 
@@ -206,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr
             )
+        if jax.process_count() > 1:  # jax would wait for the others at exit, who wait for this process
+            distributed.leave(code)
         return code
     return 0
 
@@ -222,6 +226,7 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+AGAIN = "run the same command again on all of them; the last checkpoint is intact"
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
 
 
@@ -241,6 +246,8 @@ def describe(error: BaseException) -> tuple[int, str]:
             return 5, text
         case OtherRunError():
             return 6, text
+        case PeerLostError():
+            return 8, text
         case BrokenPipeError():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
             return 0, ""
@@ -251,6 +258,8 @@ def describe(error: BaseException) -> tuple[int, str]:
                 9,
                 f"out of memory ({text.splitlines()[0]}): halve --data.batch_size, double --optim.grad_accumulation",
             )
+        case RuntimeError() if distributed.lost_peer(error):
+            return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
         case ConfigError() | UnknownCharacterError() | ValueError():
             return 2, text
     return 1, f"{type(error).__name__}: {text}"

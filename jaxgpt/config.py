@@ -17,8 +17,10 @@ import yaml
 
 from jaxgpt.checkpoint import RunConfig
 from jaxgpt.data import DataConfig
+from jaxgpt.distributed import DistributedConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig
+from jaxgpt.sharding import MeshConfig
 
 
 class ConfigError(ValueError):
@@ -41,9 +43,11 @@ class TrainConfig:
     """Steps compiled into one call; more is faster where steps are short."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type to compute in; auto = float32 on a CPU, bfloat16 on GPU and TPU. Parameters stay float32."""
+    loss_chunks: int = 1
+    """Pieces of the windows in which head and loss are computed, a divisor of block_size; more = less memory."""
 
     def __post_init__(self):
-        for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call"):
+        for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
 
@@ -58,6 +62,8 @@ class Config:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
@@ -196,7 +202,8 @@ def dump(config: Config) -> str:
 
 def differences(ours: Config, theirs: Config) -> list[str]:
     """The fields that decide the numbers of a run and differ, as `name (this value, that value)`."""
-    free = {"run.", "train.steps", "train.eval", "train.log"}
+    free = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
+    free |= {"train.steps", "train.eval", "train.log"}
     found = []
     for name in fields(Config):
         a, b = ours, theirs

@@ -78,7 +78,12 @@ def batch(key: jax.Array, tokens: jax.Array, step, batch_size: int, block_size: 
     """
     chex.assert_rank(tokens, 1)
     starts = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, len(tokens) - block_size)
-    windows = tokens[starts[:, None] + jnp.arange(block_size + 1)].astype(jnp.int32)
+    return inputs_and_targets(tokens[starts[:, None] + jnp.arange(block_size + 1)])
+
+
+def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(B, T + 1) integers -> what is seen and what follows it, each (B, T) int32."""
+    windows = windows.astype(jnp.int32)
     return windows[:, :-1], windows[:, 1:]
 
 

@@ -73,8 +73,11 @@ class Console:
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
         alphabet = json.dumps(r["alphabet"], ensure_ascii=False)
         alphabet = alphabet if len(alphabet) <= 90 else alphabet[:87] + "..."
+        mesh, before = (", ".join(f"{axis} {size}" for axis, size in r[key].items()) for key in ("mesh", "mesh_before"))
+        mesh += f" (on another mesh, {before}, until now: the last bits may differ)" if mesh != before else ""
         self._console.print(
             f"devices  {devices} ({versions})\n"
+            f"mesh     {mesh}\n"
             f"model    {r['parameters']:,} parameters, computed in {r['dtype']}\n"
             f"corpus   {r['corpus']}: {r['characters']:,} characters, alphabet of {len(r['alphabet'])}: {alphabet}\n"
             f"step     {rows} windows x {window} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"

@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxgpt.attention import Kernel, causal
 from jaxgpt.matmul import dot_general
+from jaxgpt.remat import Remat, call_block
+from jaxgpt.sharding import pin_batch
 
 INIT_STDDEV = 0.02  # GPT-2's, which the lecture takes over at its end
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's and GPT-2's; Flax's own default is 1e-6
@@ -64,6 +67,12 @@ class GPTConfig:
     init: Literal["normal", "scaled", "torch"] = "normal"
     """Weights: N(0, 0.02); the same, but smaller by sqrt(2 n_layer) where projections meet the stream (GPT-2); or
     PyTorch's defaults, which the lecture has until its last rungs."""
+    attention: Kernel = "auto"
+    """Attention of a training step: xla (the lines of the lecture), cudnn (NVIDIA GPU, bfloat16), splash (TPU), or auto
+    (what the device has). Attention dropout is computed by xla."""
+    remat: Remat = "none"
+    """What the backward pass computes again to save memory: nothing, all but the weight matmuls (dots), whole blocks
+    (full)."""
 
     def __post_init__(self):
         for name, least in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
@@ -155,6 +164,7 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C = config.width
         self.n_head = config.n_head
+        self.kernel = config.attention
         self.qkv = _linear(config, C, 3 * C, config.bias == "all", rngs)
         self.dropout = nnx.Dropout(config.dropout)
         self.proj = _linear_into_stream(config, C, rngs)
@@ -165,8 +175,11 @@ class Attention(nnx.Module):
         Without `keys_values` the T tokens attend among themselves; with them they stand at position `start` and on.
         """
         B, T, C = x.shape
-        D = C // self.n_head
-        q, k, v = (a.reshape(B, T, self.n_head, D).swapaxes(1, 2) for a in jnp.split(self.qkv(x), 3, axis=-1))
+        H, D = self.n_head, C // self.n_head
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(B, T, H, 3, D), (3, 2), (0, 2))  # each (B, H, T, D)
+        if keys_values is None and self.kernel in ("cudnn", "splash") and (rngs is None or not self.dropout.rate):
+            out = causal(q, k, v, self.kernel)
+            return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), (k, v)
         if keys_values is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, start, 2) for old, new in zip(keys_values, (k, v)))
         S = k.shape[2]
@@ -261,14 +274,15 @@ class GPT(nnx.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
         start = jnp.int32(0) if cache is None else cache.length
-        x = self.token_embedding_table(tokens)
+        x = self.token_embedding_table(pin_batch(tokens))
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table(start + jnp.arange(T))
-        x = self.dropout(x, deterministic=rngs is None, rngs=rngs)
+        x = pin_batch(self.dropout(x, deterministic=rngs is None, rngs=rngs))
 
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
-            x, layers[i] = block(x, layers[i], start, rngs)
+            x, layers[i] = call_block(block, x, layers[i], start, rngs, self.config.remat)
+            x = pin_batch(x)
         return self.ln_f(x), Cache(tuple(layers), start + T)
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -277,7 +291,9 @@ class GPT(nnx.Module):
             return x.astype(jnp.float32)
         if self.lm_head is None:
             table = self.token_embedding_table.embedding[...]
-            return jnp.einsum("btc,vc->btv", x, table, preferred_element_type=jnp.float32)
-        kernel = self.lm_head.kernel[...]
-        logits = jnp.einsum("btc,cv->btv", x, kernel, preferred_element_type=jnp.float32)
-        return logits if self.lm_head.bias is None else logits + self.lm_head.bias[...]
+            logits = jnp.einsum("btc,vc->btv", x, table, preferred_element_type=jnp.float32)
+        else:
+            kernel, bias = self.lm_head.kernel[...], self.lm_head.bias
+            logits = jnp.einsum("btc,cv->btv", x, kernel, preferred_element_type=jnp.float32)
+            logits = logits if bias is None else logits + bias[...]
+        return logits[..., : self.config.vocab_size]  # on a mesh, tables may be padded

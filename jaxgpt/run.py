@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from jaxgpt import config as configs
+from jaxgpt import distributed
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
@@ -95,7 +96,9 @@ def open_to_train(config: Config, tokenizer: CharTokenizer, corpus_sha256: str) 
                 f"the run directory is another run's ({folder}; {', '.join(different)}): "
                 "name another --run.dir, or repeat that run's settings"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder / TOKENIZER)
-    (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
+    distributed.meet("the run directory is checked")
+    if distributed.is_first():
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder / TOKENIZER)
+        (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
     return checkpoints, latest

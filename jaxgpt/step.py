@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import data
+from jaxgpt import data, sharding
 from jaxgpt.model import GPT, GPTConfig
 
 # one PRNG stream a purpose, so that no key is used twice
@@ -38,6 +38,7 @@ class Recipe(NamedTuple):
     block_size: int
     grad_accumulation: int
     dtype: jnp.dtype
+    loss_chunks: int = 1
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:
@@ -56,37 +57,70 @@ def init_state(model: GPT, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
+def new_state(config: GPTConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """A new model's state, to be made under jit in the places that it is to live."""
+    return init_state(GPT(config, rngs=nnx.Rngs(params=key)), tx)
+
+
 def build(recipe: Recipe, params: dict[str, Any]) -> GPT:
     """The model with these parameters, in the type to compute in."""
-    return nnx.merge(recipe.graphdef, jax.tree.map(lambda p: p.astype(recipe.dtype), params))
+    params = jax.tree.map(lambda p: p.astype(recipe.dtype), params)
+    return nnx.merge(recipe.graphdef, sharding.for_compute(params))
 
 
-def token_losses(model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
-    """Cross-entropy of each token, in nats: (B, T) integers twice -> (B, T) float32."""
+@partial(jax.jit, static_argnames="recipe")
+def cast(params: dict[str, Any], recipe: Recipe) -> GPT:
+    """`build` in a call of its own, for what is done with the model outside of a step."""
+    return build(recipe, params)
+
+
+def token_losses(
+    model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs | None = None, chunks: int = 1
+) -> jax.Array:
+    """Cross-entropy of each token, in nats.
+
+    Args:
+        model: in the type to compute in.
+        inputs: (B, T) integers.
+        targets: (B, T) integers.
+        rngs: the source of the dropout masks; None switches dropout off.
+        chunks: pieces of the windows, a divisor of T. The (B, T, V) logits of a piece exist only while it is computed,
+            in the backward pass once more.
+
+    Returns:
+        (B, T) float32.
+    """
     chex.assert_equal_shape([inputs, targets])
-    return optax.softmax_cross_entropy_with_integer_labels(model(inputs, rngs=rngs), targets)
+    x, _ = model.hidden(inputs, rngs=rngs)
+
+    def losses(x, targets):
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(x), targets)
+
+    if chunks == 1:
+        return losses(x, targets)
+    pieces = (jnp.stack(jnp.split(a, chunks, axis=1)) for a in (x, targets))
+    found = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
+    return jnp.concatenate(list(found), axis=1)
 
 
-def train_step(state: TrainState, tokens: jax.Array, key: jax.Array, recipe: Recipe):
-    """One optimizer step on the batch that belongs to it.
+def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):
+    """One optimizer step.
 
     Args:
         state: before the step.
-        tokens: (N,) unsigned integers, the training split.
-        key: the run's key; batch and dropout are functions of it and of state.step.
+        batch: inputs and targets, each (grad_accumulation * B, T) integers.
+        key: the run's key; dropout is a function of it and of state.step.
         recipe: static.
 
     Returns:
         The state after the step; `loss` before the update, `learning_rate` and `grad_norm` before clipping, () float32.
     """
     parts, B = recipe.grad_accumulation, recipe.batch_size
-    train_key, dropout_key = jax.random.fold_in(key, TRAIN), jax.random.fold_in(key, DROPOUT)
-    dropout_key = jax.random.fold_in(dropout_key, state.step)
-    batch = data.batch(train_key, tokens, state.step, parts * B, recipe.block_size)
+    dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
 
     def loss_of(params, part, inputs, targets):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
-        return token_losses(build(recipe, params), inputs, targets, rngs).mean()
+        return token_losses(build(recipe, params), inputs, targets, rngs, recipe.loss_chunks).mean()
 
     def add_part(total, part):
         mine = jax.value_and_grad(loss_of)(state.params, *part)
@@ -100,15 +134,37 @@ def train_step(state: TrainState, tokens: jax.Array, key: jax.Array, recipe: Rec
         loss, grads = jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, cut)[0])
 
     updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = sharding.pin((optax.apply_updates(state.params, updates), opt_state))
     measured = {"loss": loss, "learning_rate": recipe.schedule(state.step), "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, opt_state), measured
 
 
 @partial(jax.jit, static_argnames=("recipe", "n"), donate_argnames="state")
 def train_steps(state: TrainState, tokens: jax.Array, key: jax.Array, *, recipe: Recipe, n: int):
-    """`n` steps in one call: the state after them, and each metric of `train_step` as (n,) float32."""
-    return jax.lax.scan(lambda state, _: train_step(state, tokens, key, recipe), state, length=n)
+    """`n` steps in one call.
+
+    Args:
+        state: before the steps; its memory is taken over.
+        tokens: (N,) unsigned integers, the training split, from which step s takes batch s; or the batches themselves,
+            (n, grad_accumulation * B, T + 1).
+        key: the run's key.
+        recipe: static.
+        n: static.
+
+    Returns:
+        The state after the steps, and each metric of `train_step` as (n,) float32.
+    """
+    rows = recipe.grad_accumulation * recipe.batch_size
+
+    def one(state, windows):
+        if windows is None:
+            train_key = jax.random.fold_in(key, TRAIN)
+            batch = data.batch(train_key, tokens, state.step, rows, recipe.block_size)
+        else:
+            batch = data.inputs_and_targets(windows)
+        return train_step(state, batch, key, recipe)
+
+    return jax.lax.scan(one, state, tokens if tokens.ndim == 3 else None, length=n)
 
 
 @partial(jax.jit, static_argnames=("recipe", "n"))

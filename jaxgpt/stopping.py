@@ -1,9 +1,13 @@
 """Asked to stop: SIGINT and SIGTERM become a request that the training loop sees between two calls."""
 
 import contextlib
+import itertools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Stopped(Exception):
@@ -15,10 +19,17 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collect the signals in the list that is handed out; a second one acts as if nobody listened."""
+def stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Collect signals; a second one acts as if nobody listened.
+
+    Yields:
+        A function that returns the number of the signal that came, None while there was none. Where several processes
+        run, each calls it equally often, and all learn at the same call that one of them was asked.
+    """
     asked: list[int] = []
     before: dict[int, object] = {}
+    several = jax.process_count() > 1
+    calls = itertools.count()
 
     def restore(*_):
         while before:
@@ -27,10 +38,19 @@ def stop_requests() -> Iterator[list[int]]:
     def ask(number, _frame):
         asked.append(number)
         restore()
+        if several:
+            signal.raise_signal(signal.SIGTERM)  # which jax tells to the other processes
 
+    def request() -> int | None:
+        if several and not multihost_utils.reached_preemption_sync_point(next(calls)):
+            return None
+        return asked[0] if asked else signal.SIGTERM if several else None
+
+    # with several processes, jax itself listens for SIGTERM: a handler of ours would take it away
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-        before.update({each: signal.signal(each, ask) for each in (signal.SIGINT, signal.SIGTERM)})
+        before.update({each: signal.signal(each, ask) for each in numbers})
     try:
-        yield asked
+        yield request
     finally:
         restore()

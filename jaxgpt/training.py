@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import pathlib
 import time
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -14,24 +16,24 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxgpt import attention, data, distributed, metrics, report, sampling, sharding
 from jaxgpt import corpus as corpora
-from jaxgpt import data, metrics, report, sampling
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
-from jaxgpt.run import Run, load, open_to_train
+from jaxgpt.run import Run, open_to_train
 from jaxgpt.step import (
     ESTIMATE,
+    INIT,
     SAMPLE,
     VAL,
     Recipe,
     TrainState,
-    build,
+    cast,
     estimate_loss,
     evaluate,
-    init_model,
-    init_state,
+    new_state,
     stream_key,
     train_steps,
 )
@@ -64,6 +66,14 @@ def resolve(config: Config, vocab_size: int) -> Config:
     )
 
 
+def abstract_model(config: Config, platform: str) -> GPT:
+    """The model of a resolved configuration without its weights, with the attention of a platform (cpu, gpu, tpu)."""
+    model, dtype = config.model, jnp.dtype(config.train.dtype)
+    kernel = attention.choose(model.attention, platform, dtype, model.block_size, model.width // model.n_head)
+    model = dataclasses.replace(model, attention=kernel)
+    return nnx.eval_shape(lambda: GPT(model, rngs=nnx.Rngs(0)))
+
+
 def make_recipe(config: Config, model: GPT) -> Recipe:
     """What a resolved configuration compiles to."""
     return Recipe(
@@ -74,6 +84,7 @@ def make_recipe(config: Config, model: GPT) -> Recipe:
         block_size=config.model.block_size,
         grad_accumulation=config.optim.grad_accumulation,
         dtype=jnp.dtype(config.train.dtype),
+        loss_chunks=config.train.loss_chunks,
     )
 
 
@@ -132,15 +143,17 @@ class Job:
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
         if step:
-            with open(f"{self.config.run.dir}/samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"--- step {step}, validation loss {val:.4f}\n{self.sample(state, step)}\n\n")
+            text = self.sample(state, step)
+            if distributed.is_first():
+                with open(f"{self.config.run.dir}/samples.txt", "a", encoding="utf-8") as file:
+                    file.write(f"--- step {step}, validation loss {val:.4f}\n{text}\n\n")
         return val
 
     def sample(self, state: TrainState, step: int, length: int = 300) -> str:
         """New text after a line break, or after the first character where the alphabet has none."""
         start = "\n" if "\n" in self.tokenizer.alphabet else self.tokenizer.alphabet[0]
         key = jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
-        out = sampling.generate(build(self.recipe, state.params), self.tokenizer.encode(start)[None], key, length)
+        out = sampling.generate(cast(state.params, self.recipe), self.tokenizer.encode(start)[None], key, length)
         return self.tokenizer.decode(np.asarray(out)[0, 1:])
 
     def save(self, state: TrainState, step: int, val_loss: float | None) -> None:
@@ -148,23 +161,24 @@ class Job:
         self.checkpoints.save(step, vars(state), {"val_loss": val_loss, **self.facts})
 
 
-def run_steps(job: Job, state: TrainState, asked: list[int]) -> TrainState:
+def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
     """Train to the last step, or to the next call after a signal is asked for; all that was done is saved.
 
     Raises:
         Stopped: there was a signal.
     """
     config, every = job.config.train, job.config.run.checkpoint_interval
-    compiled = cache(partial(job.compile, jax.eval_shape(lambda: state)))
-    step, ended = int(state.step), 0.0
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    compiled = cache(partial(job.compile, like))
+    step, ended, asked = int(state.step), 0.0, None
     if step == 0:
         job.look(state, step)
-    while step < config.steps and not asked:
+    while step < config.steps and asked is None:
         # up to the next boundary in calls of steps_per_call, the rest one by one; a call's metrics are read after the
         # next one has been dispatched
         boundary = min(*(step // each * each + each for each in (config.eval_interval, every)), config.steps)
         waiting = []
-        while step < boundary and not asked:
+        while step < boundary and asked is None:
             n = config.steps_per_call if boundary - step >= config.steps_per_call else 1
             call = compiled(n)
             ended = ended if waiting else time.perf_counter()
@@ -173,15 +187,17 @@ def run_steps(job: Job, state: TrainState, asked: list[int]) -> TrainState:
             step += n
             if len(waiting) > 1:
                 ended = job.log(*waiting.pop(0), ended)
+            asked = stop_request()
         for each in waiting:
             ended = job.log(*each, ended)
         val_loss = None
         if step == boundary and (step % config.eval_interval == 0 or step == config.steps):
             val_loss = job.look(state, step)
-        if step % every == 0 or step == config.steps or asked:
+        asked = stop_request() if asked is None else asked
+        if step % every == 0 or step == config.steps or asked is not None:
             job.save(state, step, val_loss)
-    if asked and step < config.steps:
-        raise Stopped(asked[0], step)
+    if asked is not None and step < config.steps:
+        raise Stopped(asked, step)
     return state
 
 
@@ -197,21 +213,36 @@ def train(config: Config) -> Run:
         Stopped: a signal came; the run is saved and continues when train is called again.
     """
     started = time.perf_counter()
+    distributed.join(config.distributed)
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        return _train(config, mesh, started)
+
+
+def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     corpus = corpora.load(config.data.name, config.data.path)
     tokenizer = CharTokenizer(corpus.alphabet) if corpus.alphabet else CharTokenizer.from_text(corpus.text)
     config = resolve(config, tokenizer.vocab_size)
+    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
     ids = tokenizer.encode(corpus.text)
     splits = data.split(ids, config.data.train_fraction, tokenizer.vocab_size, config.model.block_size)
+    splits = data.Splits(*(sharding.place(mesh, np.asarray(tokens)) for tokens in splits))
     checkpoints, resumed = open_to_train(config, tokenizer, corpus.sha256)
-    model = init_model(config.model, config.seed)
-    recipe = make_recipe(config, model)
-    state = init_state(model, recipe.tx)
-    if resumed is not None:
-        state = TrainState(**checkpoints.restore(resumed, vars(state)))
+    recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
+    new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
+    like = jax.eval_shape(new)
+    shardings = sharding.shardings(mesh, like)
+    if resumed is None:
+        state = jax.jit(new, out_shardings=shardings)()
+    else:
+        like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), like, shardings)
+        state = TrainState(**checkpoints.restore(resumed, vars(like)))
 
-    sinks = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
+    sinks = ()
     with contextlib.ExitStack() as stack:
-        stack.callback(report.draw_loss, config.run.dir)
+        if distributed.is_first():
+            sinks = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
+            stack.callback(report.draw_loss, config.run.dir)
         stack.callback(checkpoints.close)
         for sink in sinks:
             stack.callback(sink.close)
@@ -220,19 +251,23 @@ def train(config: Config) -> Run:
             for sink in sinks:
                 sink(record)
 
-        facts, key = {"corpus_sha256": corpus.sha256}, jax.random.key(config.seed)
+        facts, key = {"corpus_sha256": corpus.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
         job = Job(config, recipe, splits, tokenizer, checkpoints, emit, facts, key, started)
-        emit(start_record(config, corpus, tokenizer, state))
-        with stop_requests() as asked:
-            state = run_steps(job, state, asked)
-        loss = evaluate(build(recipe, state.params), splits.val)
+        was = dict(mesh.shape) if resumed is None else checkpoints.manifest(resumed)["mesh"]
+        emit({**start_record(config, mesh, corpus, tokenizer, state), "mesh_before": was})
+        with stop_requests() as stop_request:
+            state = run_steps(job, state, stop_request)
+        loss = evaluate(cast(state.params, recipe), splits.val)
         spent, last = time.perf_counter() - started, config.train.steps
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(tokenizer.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
-    return load(config.run.dir, config.train.steps)
+    model = nnx.merge(recipe.graphdef, state.params)
+    return Run(pathlib.Path(config.run.dir), config, tokenizer, model, config.train.steps, corpus.sha256)
 
 
-def start_record(config: Config, corpus: corpora.Corpus, tokenizer: CharTokenizer, state: TrainState) -> metrics.Record:
+def start_record(
+    config: Config, mesh: jax.sharding.Mesh, corpus: corpora.Corpus, tokenizer: CharTokenizer, state: TrainState
+) -> metrics.Record:
     """What is known before the first step."""
     model, batch = config.model, config.data.batch_size * config.optim.grad_accumulation
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -240,8 +275,8 @@ def start_record(config: Config, corpus: corpora.Corpus, tokenizer: CharTokenize
     return {
         "kind": "start",
         "step": int(state.step),
-        "devices": [device.device_kind for device in jax.devices()],
-        "mesh": None,
+        "devices": [device.device_kind for device in mesh.devices.flat],
+        "mesh": dict(mesh.shape),
         "parameters": parameters,
         "flops_per_token": metrics.flops_per_token(
             parameters - positions, model.n_layer, model.width, model.block_size

@@ -96,7 +96,7 @@ class FusedAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        q, k, v = self.c_attn(x).unflatten(-1, (self.n_head, 3, -1)).permute(3, 0, 2, 1, 4)
         dropout = self.dropout.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
@@ -236,7 +236,7 @@ def leaves(model):
             add([*at, "attn", "qkv"], block.sa.c_attn)
         else:
             heads = block.sa.heads
-            add([*at, "attn", "qkv"], *(getattr(head, name) for name in ("query", "key", "value") for head in heads))
+            add([*at, "attn", "qkv"], *(getattr(head, name) for head in heads for name in ("query", "key", "value")))
         add([*at, "attn", "proj"], block.sa.proj)
         for name in ("fc", "proj"):
             add([*at, "mlp", name], getattr(getattr(block, "ffwd", None), name, None))

@@ -1,0 +1,83 @@
+"""Fused attention: the causal attention of `model.Attention` in one kernel, without the (T, T) weights in memory.
+
+The kernels have no dropout and no cache, so the model takes its own lines where it needs these.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+Kernel = Literal["auto", "xla", "cudnn", "splash"]
+TILE = 128  # splash attention's: it takes windows that are a multiple
+
+
+def choose(kernel: Kernel, platform: str, dtype: jnp.dtype, block_size: int, head_size: int) -> Kernel:
+    """What `auto` means on a platform: its own kernel where that takes the sizes and the type, otherwise xla.
+
+    Args:
+        kernel: as configured; anything but auto is returned as it is.
+        platform: jax's name: cpu, gpu, tpu.
+        dtype: of the computation; cuDNN's kernel takes half precision only.
+        block_size: T.
+        head_size: D.
+    """
+    if kernel != "auto":
+        return kernel
+    if platform == "gpu" and dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128:
+        return "cudnn"
+    if platform == "tpu" and block_size % TILE == 0 and head_size % 64 == 0:
+        return "splash"
+    return "xla"
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Literal["cudnn", "splash"]) -> jax.Array:
+    """Scaled causal attention of all heads.
+
+    Args:
+        q, k, v: (B, H, T, D), the same floating dtype.
+        kernel: `cudnn` (NVIDIA GPU, half precision) or `splash` (TPU, T a multiple of 128; elsewhere interpreted).
+
+    Returns:
+        (B, H, T, D) in their dtype.
+
+    Source: Dao et al. 2022, "FlashAttention".
+    """
+    chex.assert_rank(q, 4)
+    chex.assert_equal_shape([q, k, v])
+    if kernel == "cudnn":
+        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, T, H, D)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+    # a kernel is opaque to the partitioner: each device runs it on its part of the batch and of the heads
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return _splash(q, k, v)
+    batch = ("data", "fsdp") if q.shape[0] % math.prod(mesh.shape[axis] for axis in ("data", "fsdp")) == 0 else None
+    split = P(batch, "tensor")
+    return jax.shard_map(_splash, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
+
+
+def _splash(q, k, v):
+    _, H, T, D = q.shape
+    kernel, plain = (jax.vmap(_splash_kernel(H, T, interpret)) for interpret in (False, True))
+    return jax.lax.platform_dependent((q * D**-0.5).astype(q.dtype), k, v, tpu=kernel, default=plain)
+
+
+@functools.cache
+def _splash_kernel(H: int, T: int, interpret: bool):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
+
+    if T % TILE:
+        raise ValueError(f"splash attention takes windows of a multiple of {TILE}, not {T}: use attention xla")
+    block = next(size for size in (512, 256, TILE) if T % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
+    with jax.ensure_compile_time_eval():
+        return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

@@ -1,0 +1,115 @@
+"""Several processes as one run: joining JAX's own distributed runtime, and what only one of them does."""
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from typing import Literal, NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run is gone, or the processes never met."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one run find each other; every process gets the same command."""
+
+    join: Literal["auto", "always", "never"] = "auto"
+    """Join other processes: auto = where an address is given or Slurm, Open MPI, Kubernetes or a TPU slice of several
+    hosts is seen; always = as jax finds them (TPU pods without such variables)."""
+    coordinator_address: str | None = None
+    """HOST:PORT of process 0; jax finds it on a cluster."""
+    num_processes: int | None = None
+    """Number of processes; jax finds it on a cluster."""
+    process_id: int | None = None
+    """Number of this process, from 0; jax finds it on a cluster."""
+    bind_address: str | None = None
+    """HOST:PORT where process 0 listens, if it is not the coordinator_address itself."""
+    heartbeat_timeout: int = 30
+    """Seconds without a sign of life after which a process is given up."""
+
+    def __post_init__(self):
+        if self.heartbeat_timeout < 1:
+            raise ValueError(f"heartbeat_timeout is {self.heartbeat_timeout}: use 1 second or more")
+        if self.coordinator_address is not None and ":" not in self.coordinator_address:
+            raise ValueError(f"coordinator_address is {self.coordinator_address!r}: write HOST:PORT")
+        if (self.num_processes is None) != (self.process_id is None):
+            raise ValueError("num_processes and process_id go together: give both or none")
+        if self.process_id is not None and not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"process_id is {self.process_id}: use 0 to {self.num_processes - 1} (num_processes - 1)")
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(_number):
+    os.write(2, b"jaxgpt: error: another process of the run is gone (see above): run the same command again on all\n")
+    os._exit(8)
+
+
+def expected(config: DistributedConfig, environ: Mapping[str, str]) -> bool:
+    """Whether this process is one of several, as far as flags and environment tell."""
+    if config.join != "auto":
+        return config.join == "always"
+    return (
+        bool(config.coordinator_address or environ.get("JAX_COORDINATOR_ADDRESS"))
+        or (int(environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environ)
+        or "OMPI_MCA_orte_hnp_uri" in environ
+        or ("JOB_COMPLETION_INDEX" in environ and "KUBERNETES_SERVICE_HOST" in environ)
+        or "," in environ.get("TPU_WORKER_HOSTNAMES", "")
+    )  # fmt: skip
+
+
+def join(config: DistributedConfig) -> None:
+    """Meet the other processes; before anything else of jax is used. Alone, nothing happens.
+
+    Raises:
+        PeerLostError: they did not all come.
+    """
+    if not expected(config, os.environ) or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            coordinator_bind_address=config.bind_address or config.coordinator_address,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+            initialization_timeout=max(60, config.heartbeat_timeout),
+        )
+        # jax aborts a process whose peers are gone, in a thread of its own
+        ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+    except (RuntimeError, ValueError) as error:
+        raise PeerLostError(
+            f"the processes did not meet ({str(error).splitlines()[0]}): start all of them with the same "
+            "--distributed.coordinator_address and --distributed.num_processes, or use --distributed.join never"
+        ) from error
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: an orderly end would wait for processes that wait for this one."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
+def is_first() -> bool:
+    """Whether this process writes the logs and small files of the run."""
+    return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Wait until all processes are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of jax, in a run of several processes, is the end of another process."""
+    signs = ("Gloo", "NCCL", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat",
+             "Barrier", "CoordinationService", "coordination service", "shut down")  # fmt: skip
+    return jax.process_count() > 1 and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,147 @@
+"""Several real processes on this machine, talking over the loopback interface."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import pytest
+from flax import nnx
+
+import jaxgpt
+from jaxgpt import checkpoint, distributed
+from jaxgpt.distributed import DistributedConfig
+
+
+def start(flags, devices=1, processes=1):
+    """`jaxgpt train` in each of some processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environ = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+    started = []
+    for i in range(processes):
+        them = ["--distributed.coordinator_address", address, "--distributed.num_processes", str(processes)]
+        them = [*them, "--distributed.process_id", str(i), "--distributed.heartbeat_timeout", "10"]
+        command = [sys.executable, "-m", "jaxgpt", "train", "--config", "configs/shakespeare_cpu.yaml"]
+        command += [*flags, *(them if processes > 1 else [])]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, env=environ, **pipes))
+    return started
+
+
+def finish(started, seconds):
+    """Exit codes and outputs, all within some seconds."""
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], outputs
+
+
+def checkpoints_of(folder):
+    return checkpoint.Checkpoints(folder / "checkpoints").steps()
+
+
+def wait_for_checkpoint(folder, started):
+    for _ in range(600):
+        if checkpoints_of(folder):
+            return
+        if any(process.poll() is not None for process in started):
+            break
+        time.sleep(0.1)
+    pytest.fail(f"no checkpoint: {finish(started, 20)}")
+
+
+def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp_path):
+    codes, outputs = finish(start([*tiny_config, "--run.dir", str(tmp_path / "two")], processes=2), 120)
+    assert codes == [0, 0], outputs
+    assert "done" in outputs[0] and "done" not in outputs[1]  # one of them writes
+    codes, outputs = finish(start([*tiny_config, "--run.dir", str(tmp_path / "one")], devices=2), 120)
+    assert codes == [0], outputs
+    records = {}
+    for name in ("one", "two"):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        records[name] = [(r["kind"], r["step"], r.get("loss"), r.get("val_loss")) for r in lines if "step" in r]
+    assert records["one"] == records["two"]
+    params = [nnx.to_pure_dict(nnx.state(jaxgpt.load(tmp_path / name, 40).model)) for name in ("one", "two")]
+    chex.assert_trees_all_equal(*params)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_leaves_with_8_and_the_checkpoint_is_good(tiny_config, tmp_path, victim):
+    endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
+    started = start(endless, processes=2)
+    wait_for_checkpoint(tmp_path / "run", started)
+    started[victim].kill()
+    began = time.monotonic()
+    codes, outputs = finish(started, 35)
+    assert time.monotonic() - began < 35
+    assert codes[1 - victim] == 8, outputs[1 - victim]
+    assert "jaxgpt: error: another process of the run is gone" in outputs[1 - victim]
+    last = max(checkpoints_of(tmp_path / "run"))
+    assert jaxgpt.load(tmp_path / "run", last).step == last
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_one_process_saves_and_stops_all(tiny_config, tmp_path, number, code):
+    endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
+    started = start(endless, processes=2)
+    wait_for_checkpoint(tmp_path / "run", started)
+    if (table := pathlib.Path("/proc/net/tcp")).exists():  # in hexadecimal; state 0A listens
+        port = next(word for word in started[0].args if word.startswith("127.0.0.1:")).split(":")[1]
+        rows = [row.split() for row in table.read_text().splitlines()]
+        hosts = [row[1].split(":")[0] for row in rows if row[1].endswith(f":{int(port):04X}") and row[3] == "0A"]
+        assert hosts == ["0100007F"]  # 127.0.0.1 and nowhere else
+    started[1].send_signal(number)
+    codes, outputs = finish(started, 60)
+    assert codes == [75, code], outputs
+    stopped = {int(re.search(r"saved at step ([\d,]+)", output)[1].replace(",", "")) for output in outputs}
+    assert stopped == {max(checkpoints_of(tmp_path / "run"))}
+
+
+def test_processes_that_never_meet_say_so(tiny_config):
+    lonely = ["--distributed.coordinator_address", "127.0.0.1:9", "--distributed.num_processes", "2"]
+    codes, outputs = finish(start([*tiny_config, *lonely, "--distributed.process_id", "5"]), 30)
+    assert codes == [2] and "process_id is 5: use 0 to 1" not in outputs[0] and "use 0 to 1" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    "environ, several",
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # an allocation, but no srun
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, True),
+    ],
+)
+def test_clusters_are_recognised_and_a_laptop_is_none(environ, several):
+    assert distributed.expected(DistributedConfig(), environ) == several
+    assert not distributed.expected(DistributedConfig(join="never"), environ)
+    assert distributed.expected(DistributedConfig(join="always"), environ)
+
+
+@pytest.mark.parametrize(
+    "fields, remedy",
+    [
+        ({"heartbeat_timeout": 0}, "use 1 second or more"),
+        ({"coordinator_address": "here"}, "write HOST:PORT"),
+        ({"num_processes": 2}, "give both or none"),
+        ({"num_processes": 2, "process_id": 2}, "use 0 to 1"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_remedy(fields, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        DistributedConfig(**fields)
