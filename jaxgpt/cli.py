@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, doctor, ladder, sampling, training
+from jaxgpt import corpus, data, doctor, download, ladder, sampling, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.run import OtherRunError, load
@@ -213,10 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep_compiled() -> None:
     """Keep what XLA compiles in the user's cache folder, if it can be written."""
     try:
-        folder = corpus.cache_dir() / "xla"
+        folder = download.cache_dir() / "xla"
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, corpus.CorpusError):
+    except (OSError, download.DownloadError):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -233,7 +233,7 @@ def describe(error: BaseException) -> tuple[int, str]:
             return (130 if error.signal_number == signal.SIGINT else 75), text
         case KeyboardInterrupt():
             return 130, "stopped by Ctrl-C"
-        case corpus.CorpusError() | data.DataError():
+        case corpus.CorpusError() | download.DownloadError() | data.DataError():
             return 3, text
         case CheckpointError():
             return 4, text

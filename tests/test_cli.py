@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, corpus
+from jaxgpt import cli, download
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -259,4 +259,4 @@ def test_the_module_and_the_script_are_the_same_door():
 
 def test_the_cache_is_private_and_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
-    assert corpus.cache_dir() == tmp_path / "cache"
+    assert download.cache_dir() == tmp_path / "cache"
