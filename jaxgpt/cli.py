@@ -1,4 +1,4 @@
-"""The command line: `jaxgpt train|sample|eval|ladder|doctor`. Errors become one line on stderr and an exit code."""
+"""The command line, `jaxgpt COMMAND`. Errors become one line on stderr and an exit code."""
 
 import dataclasses
 import difflib
@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, doctor, download, ladder, sampling, training
+from jaxgpt import corpus, data, doctor, download, ladder, prepare, sampling, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.processes import ProcessError
 from jaxgpt.run import OtherRunError, load
 from jaxgpt.stopping import Stopped
 from jaxgpt.tokenizer import UnknownCharacterError
@@ -27,6 +28,7 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   train    train a recipe, or continue the run:  jaxgpt train --config configs/shakespeare_cpu.yaml
   sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
   eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
+  prepare  a corpus into a folder of tokens:      jaxgpt prepare --input texts/ --out data/texts
   ladder   train the small rungs of the lecture:  jaxgpt ladder
   doctor   what jax finds on this machine:        jaxgpt doctor
 
@@ -150,6 +152,11 @@ def evaluate(argv: Sequence[str]) -> None:
     print(json.dumps(result))
 
 
+def prepare_tokens(argv: Sequence[str]) -> None:
+    """`jaxgpt prepare`."""
+    prepare.prepare(_parse(prepare.PrepareArgs, argv, "jaxgpt prepare"))
+
+
 def climb_ladder(argv: Sequence[str]) -> None:
     """`jaxgpt ladder`."""
     args: ladder.LadderArgs = _parse(ladder.LadderArgs, argv, "jaxgpt ladder")
@@ -176,6 +183,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "prepare": prepare_tokens,
     "ladder": climb_ladder,
     "doctor": examine_machine,
 }
@@ -245,12 +253,14 @@ def describe(error: BaseException) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
             return 0, ""
         case OSError() if error.errno in STORAGE:
-            return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another --run.dir"
+            return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another folder"
         case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in text:
             return (
                 9,
                 f"out of memory ({text.splitlines()[0]}): halve --data.batch_size, double --optim.grad_accumulation",
             )
+        case ProcessError():  # nearly always the kernel, when memory ran out
+            return 9, text
         case ConfigError() | UnknownCharacterError() | ValueError():
             return 2, text
     return 1, f"{type(error).__name__}: {text}"

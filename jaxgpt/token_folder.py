@@ -285,7 +285,7 @@ def _copied(path: str, facts: dict) -> TokenFolder:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
             fresh = pathlib.Path(temporary) / name
             fresh.mkdir(mode=0o700)
-            for file in (TOKENS, ENDS, TOKENIZER, DATASET):
+            for file in (TOKENS, TOKENIZER, DATASET):
                 with (epath.Path(path) / file).open("rb") as source, open(fresh / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, BLOCK_BYTES)
             folder = _verified(path, fresh, facts)

@@ -48,7 +48,9 @@ def test_help_names_every_command_and_exit_code(capsys):
 def test_each_command_explains_its_flags(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert {"train": "--model.n_layer", "ladder": "--seeds", "doctor": "usage"}.get(command, "--run") in out
+    assert {"train": "--model.n_layer", "ladder": "--seeds", "prepare": "--input", "doctor": "usage"}.get(
+        command, "--run"
+    ) in out
 
 
 def test_train_without_a_recipe_lists_them(capsys, monkeypatch):
