@@ -210,17 +210,13 @@ def prefetched(read: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
     What `read` raises is raised here, in its turn. Closing the iterator waits for the one read in flight at most.
     """
     with concurrent.futures.ThreadPoolExecutor(1, "prefetch") as thread:
-        ahead: list[concurrent.futures.Future[B]] = []
-        try:
-            for argument in arguments:
-                ahead.append(thread.submit(read, argument))
-                if len(ahead) > 1:
-                    yield ahead.pop(0).result()
-            if ahead:
-                yield ahead.pop().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+        ahead = None
+        for argument in arguments:
+            current, ahead = ahead, thread.submit(read, argument)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
@@ -267,7 +263,7 @@ def _verified(name: str, folder: pathlib.Path, facts: dict) -> TokenFolder:
             what = f"{name}/{file}" + (f", {size} bytes of tokens" if file == TOKENS else "")
             raise DataError(f"a damaged token folder ({what}, sha256 {found[file]}, prepared were {wanted}): {again}")
     n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
-    if (shape, dtype.name) != ((n,), facts["dtype"]) or size != n * dtype.itemsize:
+    if (shape, dtype.name) != ((n,), facts["dtype"]):
         raise DataError(f"a damaged token folder ({name}, {dtype} {shape} is not what {DATASET} says): {again}")
     return TokenFolder(name, folder, n, dtype, offset, facts["vocab_size"], hashes[0], folder / TOKENIZER, hashes[1])
 
