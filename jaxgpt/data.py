@@ -4,7 +4,7 @@ A batch is a pure function of (key, split, step): resuming needs no iterator, an
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -23,9 +23,9 @@ class DataConfig:
     name: str = "shakespeare"
     """Named corpus: shakespeare, or tiny_shakespeare (the lecture's exact file)."""
     path: str | None = None
-    """Your own UTF-8 text file instead; its characters become the alphabet."""
-    tokenizer: Literal["char"] = "char"
-    """One token a character."""
+    """Your own UTF-8 text file, or a folder that `jaxgpt prepare` made; several as DIR=WEIGHT,DIR=WEIGHT."""
+    tokenizer: str = "char"
+    """Tokenizer of a text: char (one token a character), gpt2, or a tokenizer.json; a prepared folder has its own."""
     batch_size: int = 12
     """Windows a step sees (a part of a step, with optim.grad_accumulation)."""
     train_fraction: float = 0.9

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import corpus
+from jaxgpt import download
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 PLUGINS = {"jax-cuda12-plugin": "NVIDIA GPU", "jax-cuda13-plugin": "NVIDIA GPU", "libtpu": "TPU"}
@@ -49,7 +49,7 @@ class Machine:
     environ: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
     devices: Callable[[], Sequence[jax.Device]] = jax.devices
     version: Callable[[str], str | None] = installed
-    cache: Callable[[], Path] = corpus.cache_dir
+    cache: Callable[[], Path] = download.cache_dir
     system: str = f"{platform.system()} {platform.machine()}"
 
     def variables(self, *prefixes: str) -> str:
@@ -163,7 +163,7 @@ def _cache(machine: Machine) -> Finding:
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=nearest):  # permission bits say little of root, of Windows and of a full disk
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    except corpus.CorpusError as error:
+    except download.DownloadError as error:
         return Finding("cache", *str(error).rsplit(": ", 1))
     except OSError as error:
         why = f"cannot use the folder ({folder}, {error.strerror or error})"

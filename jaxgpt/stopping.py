@@ -1,4 +1,4 @@
-"""Asked to stop: SIGINT and SIGTERM become a request that the training loop sees between two calls."""
+"""Asked to stop: SIGINT and SIGTERM become a request that a loop sees between two steps."""
 
 import contextlib
 import itertools
@@ -13,8 +13,8 @@ from jax.experimental import multihost_utils
 class Stopped(Exception):
     """A signal asked the run to stop; all is saved, and the same command continues it."""
 
-    def __init__(self, signal_number: int, step: int):
-        super().__init__(f"stopped and saved at step {step:,}: run the same command again to continue")
+    def __init__(self, signal_number: int, step: int, unit: str = "step"):
+        super().__init__(f"stopped and saved at {unit} {step:,}: run the same command again to continue")
         self.signal_number = signal_number
 
 

@@ -5,9 +5,9 @@ import random
 import jax
 import pytest
 
-from jaxgpt import corpus
+from jaxgpt import download
 
-jax.config.update("jax_compilation_cache_dir", str(corpus.cache_dir() / "xla"))
+jax.config.update("jax_compilation_cache_dir", str(download.cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 

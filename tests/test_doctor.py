@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint
 import pytest
 
-from jaxgpt import corpus, doctor
+from jaxgpt import doctor, download
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_a_cache_that_cannot_be_written_is_named(machine, tmp_path):
 
 
 def test_a_machine_without_a_cache_folder_is_told_to_name_one(machine):
-    finding = topic("cache", machine(cache=fails(corpus.CorpusError("no cache folder (JAXGPT_CACHE, x): set it"))))
+    finding = topic("cache", machine(cache=fails(download.DownloadError("no cache folder (JAXGPT_CACHE, x): set it"))))
     assert finding == doctor.Finding("cache", "no cache folder (JAXGPT_CACHE, x)", "set it")
 
 

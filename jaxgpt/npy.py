@@ -1,0 +1,57 @@
+"""A .npy file that grows: numpy leaves room in the header for the first axis to become longer."""
+
+import io
+import os
+import pathlib
+
+import numpy as np
+
+
+class GrowingArray:
+    """A one-dimensional .npy file that is appended to, and whose header is right after `finish`."""
+
+    def __init__(self, path: pathlib.Path, dtype: np.dtype, length: int):
+        """Open the file at a length that `sync` has written before, 0 for a new one; what lies behind is dropped.
+
+        Raises:
+            ValueError: the file is shorter.
+        """
+        self.dtype, self.length = np.dtype(dtype), length
+        self._file = open(path, "r+b" if length else "w+b")  # noqa: SIM115
+        header = self._header()
+        end = len(header) + length * self.dtype.itemsize
+        if length and os.path.getsize(path) < end:
+            self._file.close()
+            raise ValueError(f"the file lost data ({path}, {length:,} elements were written): delete the folder")
+        self._file.write(header)
+        self._file.seek(end)
+        self._file.truncate()
+
+    def append(self, array: np.ndarray) -> None:
+        """Add (N,) numbers at the end."""
+        self._file.write(np.ascontiguousarray(array, self.dtype).data)
+        self.length += len(array)
+
+    def sync(self) -> None:
+        """Return when everything is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> int:
+        """Write the header of the final length and close the file; returns the offset of the first number."""
+        header = self._header()
+        self._file.seek(0)
+        self._file.write(header)
+        self.sync()
+        self._file.close()
+        return len(header)
+
+    def close(self) -> None:
+        """Leave the file as it is, to be opened again."""
+        self._file.close()
+
+    def _header(self) -> bytes:
+        buffer = io.BytesIO()
+        facts = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(buffer, facts)
+        return buffer.getvalue()
