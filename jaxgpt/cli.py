@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import math
 import os
 import pathlib
 import signal
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, distributed, doctor, download, ladder, prepare, sampling, training
+from jaxgpt import corpus, data, distributed, doctor, download, ladder, prepare, sampling, source, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.distributed import PeerLostError
@@ -46,8 +47,8 @@ class SampleArgs:
 
     run: str
     """Run directory."""
-    prompt: str = "\n"
-    """Text to continue."""
+    prompt: str | None = None
+    """Text to continue; without one, a new text is begun."""
     prompt_file: str | None = None
     """UTF-8 file with the text to continue, instead."""
     max_new_tokens: int = 500
@@ -115,10 +116,11 @@ def sample(argv: Sequence[str]) -> None:
             raise ConfigError(f"cannot read the prompt ({args.prompt_file}, {error}): name a UTF-8 text file") from None
     run = load(args.run)
     print(f"run {args.run}, step {run.step:,}", file=sys.stderr)
-    tokens = np.tile(run.tokenizer.encode(prompt), (args.num_samples, 1))
+    start = run.tokenizer.start if prompt is None else run.tokenizer.encode(prompt)
+    tokens = np.tile(start, (args.num_samples, 1))
     key = jax.random.key(args.seed)
     if args.stream:
-        print(prompt, end="", flush=True)
+        print(run.tokenizer.decode(start), end="", flush=True)
         for new in sampling.stream(run.model, tokens, key, args.max_new_tokens, **rules):
             print(run.tokenizer.decode(np.asarray(new)[0]), end="", flush=True)
         print()
@@ -133,23 +135,21 @@ def evaluate(argv: Sequence[str]) -> None:
     if args.split not in data.Splits._fields:
         raise ConfigError(f"no such split (--split, {args.split}): use train or val")
     run = load(args.run)
-    text = corpus.load(run.config.data.name, run.config.data.path)
-    if text.sha256 != run.corpus_sha256:
+    learned = source.open_source(run.config.data)
+    if learned.sha256 != run.corpus_sha256:
         raise data.DataError(
-            f"not the text that the run learned from ({text.name}, sha256 {text.sha256}): restore the file"
+            f"not the text that the run learned from ({learned.name}, sha256 {learned.sha256}): restore the file"
         )
-    ids = run.tokenizer.encode(text.text)
-    splits = data.split(ids, run.config.data.train_fraction, run.tokenizer.vocab_size, run.config.model.block_size)
-    tokens = getattr(splits, args.split)
-    loss, targets = training.evaluate(run.model, tokens), np.asarray(tokens)[1:]
-    size = len(run.tokenizer.decode(targets).encode())
-    bits = loss * len(targets) / np.log(2) / size
+    learned.split(None, run.config.model.block_size)
+    loss = training.evaluate(run.model, learned.pieces(args.split))
+    lengths, targets = run.tokenizer.byte_lengths, [np.asarray(piece)[1:] for piece in learned.pieces(args.split)]
+    tokens, size = sum(map(len, targets)), sum(int(lengths[piece].sum()) for piece in targets)
     result = {
         "split": args.split,
         "step": run.step,
-        "tokens": len(targets),
+        "tokens": tokens,
         "nats_per_token": loss,
-        "bits_per_byte": bits,
+        "bits_per_byte": loss * tokens / math.log(2) / size,
     }
     print(json.dumps(result))
 

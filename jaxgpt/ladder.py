@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from jaxgpt import config as configs
 from jaxgpt import corpus, data, ngrams, report, training
-from jaxgpt.tokenizer import CharTokenizer
+from jaxgpt import tokenizer as tokenizers
 
 # validation losses that the lecture says or shows; None where it does not stop
 RUNGS = {
@@ -69,7 +69,7 @@ def table(losses: dict[str, Sequence[float]]) -> str:
 def closed_forms(config: data.DataConfig) -> dict[str, float]:
     """Validation loss of the count tables of the same split, which no model that sees as little can beat by much."""
     text = corpus.load(config.name, config.path)
-    tokenizer = CharTokenizer(text.alphabet) if text.alphabet else CharTokenizer.from_text(text.text)
+    tokenizer = tokenizers.for_text("char", text.text, text.alphabet)
     splits = data.split(tokenizer.encode(text.text), config.train_fraction, tokenizer.vocab_size, 1)
     names = {1: "unigram counts", 2: "bigram counts", 3: "trigram counts"}
     return {name: ngrams.loss(*splits, n, tokenizer.vocab_size, smoothing=0.1) for n, name in names.items()}

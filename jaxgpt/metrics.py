@@ -71,15 +71,18 @@ class Console:
         self._tokens_per_step = rows * window
         devices = ", ".join(f"{r['devices'].count(kind)} x {kind}" for kind in sorted(set(r["devices"])))
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
-        alphabet = json.dumps(r["alphabet"], ensure_ascii=False)
-        alphabet = alphabet if len(alphabet) <= 90 else alphabet[:87] + "..."
+        corpus = f"{r['tokens']:,} tokens of {r['vocab_size']:,}"
+        if r["alphabet"]:
+            alphabet = json.dumps(r["alphabet"], ensure_ascii=False)
+            alphabet = alphabet if len(alphabet) <= 90 else alphabet[:87] + "..."
+            corpus = f"{r['tokens']:,} characters, alphabet of {len(r['alphabet'])}: {alphabet}"
         mesh, before = (", ".join(f"{axis} {size}" for axis, size in r[key].items()) for key in ("mesh", "mesh_before"))
         mesh += f" (on another mesh, {before}, until now: the last bits may differ)" if mesh != before else ""
         self._console.print(
             f"devices  {devices} ({versions})\n"
             f"mesh     {mesh}\n"
             f"model    {r['parameters']:,} parameters, computed in {r['dtype']}\n"
-            f"corpus   {r['corpus']}: {r['characters']:,} characters, alphabet of {len(r['alphabet'])}: {alphabet}\n"
+            f"corpus   {r['corpus']}: {corpus}\n"
             f"step     {rows} windows x {window} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
             + "\ncompile  ... (seconds to a minute the first time)"

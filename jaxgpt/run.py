@@ -12,7 +12,7 @@ from jaxgpt import tokenizer as tokenizers
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.model import GPT
-from jaxgpt.tokenizer import CharTokenizer
+from jaxgpt.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer.json", "checkpoints"
 
@@ -27,7 +27,7 @@ class Run:
 
     dir: pathlib.Path
     config: Config
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     model: GPT
     step: int
     corpus_sha256: str
@@ -62,7 +62,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     return Run(run_dir, config, tokenizer, model, step, sha256)
 
 
-def _read(run_dir: pathlib.Path) -> tuple[Config, CharTokenizer]:
+def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
     try:
         config = configs.load_config(["--config", str(run_dir / CONFIG)])
         return config, tokenizers.load(run_dir / TOKENIZER)
@@ -70,7 +70,7 @@ def _read(run_dir: pathlib.Path) -> tuple[Config, CharTokenizer]:
         raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
 
 
-def open_to_train(config: Config, tokenizer: CharTokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
+def open_to_train(config: Config, tokenizer: Tokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
     """Make the run directory, or check that it is this run's.
 
     Returns:

@@ -1,6 +1,7 @@
 """The training state, the jitted step and the evaluation: pure functions of state, tokens and key."""
 
 import dataclasses
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -169,32 +170,50 @@ def train_steps(state: TrainState, tokens: jax.Array, key: jax.Array, *, recipe:
 
 @partial(jax.jit, static_argnames=("recipe", "n"))
 def estimate_loss(params: dict[str, Any], tokens: jax.Array, key: jax.Array, *, recipe: Recipe, n: int) -> jax.Array:
-    """Mean loss () float32 over `n` random batches, the same ones each time: quick, for watching."""
+    """Mean loss () float32 over `n` random batches, the same ones each time: quick, for watching.
+
+    Args:
+        params: float32.
+        tokens: (N,) unsigned integers, a split from which batches are drawn; or the batches, (n, B, T + 1).
+        key: decides what is drawn.
+        recipe: static.
+        n: static.
+    """
     model = build(recipe, params)
 
     def loss(i):
-        return token_losses(model, *data.batch(key, tokens, i, recipe.batch_size, recipe.block_size)).mean()
+        if tokens.ndim == 3:
+            batch = data.inputs_and_targets(tokens[i])
+        else:
+            batch = data.batch(key, tokens, i, recipe.batch_size, recipe.block_size)
+        return token_losses(model, *batch, chunks=recipe.loss_chunks).mean()
 
     return jax.lax.map(loss, jnp.arange(n)).mean()
 
 
-@partial(jax.jit, static_argnames="batch_size")
-def _sums(model: GPT, tokens: jax.Array, batch_size: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("batch_size", "chunks"))
+def _sums(model: GPT, tokens: jax.Array, batch_size: int, chunks: int) -> jax.Array:
     T = model.config.block_size
 
     def nats(i):
         inputs, targets, real = data.consecutive_batch(tokens, i, batch_size, T)
-        return jnp.sum(token_losses(model, inputs, targets), where=real)
+        return jnp.sum(token_losses(model, inputs, targets, chunks=chunks), where=real)
 
     return jax.lax.map(nats, jnp.arange(data.consecutive_batches(len(tokens), batch_size, T)))
 
 
-def evaluate(model: GPT, tokens: jax.Array, batch_size: int = 64) -> float:
+def evaluate(model: GPT, tokens: jax.Array | Iterable[jax.Array], batch_size: int = 64, chunks: int = 1) -> float:
     """Mean loss over a whole split, in nats a token: the number to quote.
 
     Args:
         model: in the type to compute in.
-        tokens: (N,) integers; all but the first are predicted once, in consecutive windows of block_size.
+        tokens: (N,) integers, or several such pieces; all but the first of a piece are predicted once, in consecutive
+            windows of block_size.
         batch_size: windows at a time.
+        chunks: pieces of the windows in which head and loss are computed.
     """
-    return float(np.sum(np.asarray(_sums(model, jnp.asarray(tokens), batch_size), np.float64)) / (len(tokens) - 1))
+    nats, count = 0.0, 0
+    for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray) else tokens:
+        nats += np.sum(np.asarray(_sums(model, jnp.asarray(piece), batch_size, chunks), np.float64))
+        count += len(piece) - 1
+    return float(nats / count)

@@ -64,6 +64,16 @@ class CharTokenizer:
         """Number of ids."""
         return len(self.alphabet)
 
+    @property
+    def start(self) -> np.ndarray:
+        """What a new text is continued from: a line break, or the first character where the alphabet has none."""
+        return self.encode("\n" if "\n" in self.alphabet else self.alphabet[0])
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of UTF-8 each id stands for, (vocab_size,) int64."""
+        return np.array([len(character.encode()) for character in self.alphabet], np.int64)
+
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text.
 
@@ -144,6 +154,17 @@ class BPETokenizer:
     def end_of_text(self) -> int | None:
         """The id of `<|endoftext|>`, which ends a document."""
         return self._tokenizer.token_to_id(END_OF_TEXT)
+
+    @property
+    def start(self) -> np.ndarray:
+        """What a new text is continued from: the end of the one before, or a line break."""
+        return self.encode("\n") if self.end_of_text is None else np.array([self.end_of_text], np.int32)
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes of text each id stands for, (vocab_size,) int64; `<|endoftext|>` is none."""
+        tokens = map(self._tokenizer.id_to_token, range(self.vocab_size))
+        return np.array([0 if token == END_OF_TEXT else len(token) for token in tokens], np.int64)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, in which `<|endoftext|>` is ordinary text.

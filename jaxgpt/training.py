@@ -5,8 +5,8 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax
@@ -16,13 +16,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import attention, data, distributed, metrics, report, sampling, sharding
-from jaxgpt import corpus as corpora
+from jaxgpt import attention, distributed, metrics, report, sampling, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.run import Run, open_to_train
+from jaxgpt.source import Source, describe, open_source
 from jaxgpt.step import (
     ESTIMATE,
     INIT,
@@ -38,7 +38,6 @@ from jaxgpt.step import (
     train_steps,
 )
 from jaxgpt.stopping import Stopped, stop_requests
-from jaxgpt.tokenizer import CharTokenizer
 
 
 class NonFiniteError(ArithmeticError):
@@ -94,18 +93,22 @@ class Job:
 
     config: Config
     recipe: Recipe
-    splits: data.Splits
-    tokenizer: CharTokenizer
+    source: Source
     checkpoints: Checkpoints
     emit: metrics.Sink
     facts: dict[str, Any]
     key: jax.Array
     started: float
 
-    def compile(self, state: TrainState, n: int):
+    @property
+    def rows(self) -> int:
+        """Windows that a step sees."""
+        return self.config.data.batch_size * self.config.optim.grad_accumulation
+
+    def compile(self, state: TrainState, tokens: jax.Array, n: int):
         """`train_steps` for `n` steps, compiled ahead of the first call so that the time can be told apart."""
         began = time.perf_counter()
-        compiled = train_steps.lower(state, self.splits.train, self.key, recipe=self.recipe, n=n).compile()
+        compiled = train_steps.lower(state, tokens, self.key, recipe=self.recipe, n=n).compile()
         self.emit({"kind": "compile", "seconds": time.perf_counter() - began})
         return compiled
 
@@ -118,7 +121,7 @@ class Job:
         chunk = jax.device_get(chunk)
         now, config = time.perf_counter(), self.config
         n = len(chunk["loss"])
-        tokens = n * config.data.batch_size * config.optim.grad_accumulation * config.model.block_size
+        tokens = n * self.rows * config.model.block_size
         pace = {"tokens_per_second": tokens / (now - began), "mfu": None, "elapsed_s": now - self.started}
         for i in range(n):
             row = {"step": first + i + 1} | {
@@ -135,10 +138,11 @@ class Job:
 
     def look(self, state: TrainState, step: int) -> float:
         """Estimate both losses, add a sample to samples.txt, and return the validation loss."""
+        seed, n, B = self.config.seed, self.config.train.eval_batches, self.config.data.batch_size
         train, val = (
-            float(estimate_loss(state.params, tokens, stream_key(self.config.seed, stream), recipe=self.recipe,
-                                n=self.config.train.eval_batches))
-            for tokens, stream in ((self.splits.train, ESTIMATE), (self.splits.val, VAL))
+            float(estimate_loss(state.params, self.source.sample(split, seed, n, B), stream_key(seed, stream),
+                                recipe=self.recipe, n=n))
+            for split, stream in (("train", ESTIMATE), ("val", VAL))
         )  # fmt: skip
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
@@ -150,15 +154,33 @@ class Job:
         return val
 
     def sample(self, state: TrainState, step: int, length: int = 300) -> str:
-        """New text after a line break, or after the first character where the alphabet has none."""
-        start = "\n" if "\n" in self.tokenizer.alphabet else self.tokenizer.alphabet[0]
-        key = jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
-        out = sampling.generate(cast(state.params, self.recipe), self.tokenizer.encode(start)[None], key, length)
-        return self.tokenizer.decode(np.asarray(out)[0, 1:])
+        """New text."""
+        tokenizer, key = self.source.tokenizer, jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
+        out = sampling.generate(cast(state.params, self.recipe), tokenizer.start[None], key, length)
+        return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
     def save(self, state: TrainState, step: int, val_loss: float | None) -> None:
         """Checkpoint."""
         self.checkpoints.save(step, vars(state), {"val_loss": val_loss, **self.facts})
+
+
+def boundary(config: Config, step: int) -> int:
+    """The next step after `step` at which something is evaluated or saved."""
+    each = config.train.eval_interval, config.run.checkpoint_interval
+    return min(*(step // every * every + every for every in each), config.train.steps)
+
+
+def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
+    """The first step and the number of steps of each call, from `step` on.
+
+    Up to each boundary in calls of steps_per_call, the rest one by one: bits depend on the cut, so a run that continues
+    is cut like one that was never stopped.
+    """
+    most = config.train.steps_per_call
+    while step < config.train.steps:
+        n = most if boundary(config, step) - step >= most else 1
+        yield step, n
+        step += n
 
 
 def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
@@ -169,35 +191,34 @@ def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None
     """
     config, every = job.config.train, job.config.run.checkpoint_interval
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    compiled = cache(partial(job.compile, like))
-    step, ended, asked = int(state.step), 0.0, None
+    step, ended, waiting, compiled = int(state.step), 0.0, [], {}
     if step == 0:
         job.look(state, step)
-    while step < config.steps and asked is None:
-        # up to the next boundary in calls of steps_per_call, the rest one by one; a call's metrics are read after the
-        # next one has been dispatched
-        boundary = min(*(step // each * each + each for each in (config.eval_interval, every)), config.steps)
-        waiting = []
-        while step < boundary and asked is None:
-            n = config.steps_per_call if boundary - step >= config.steps_per_call else 1
-            call = compiled(n)
+    cut = calls(job.config, step)
+    with contextlib.closing(job.source.feed(calls(job.config, step), job.config.seed, job.rows)) as feed:
+        for (first, n), tokens in zip(cut, feed):
+            if n not in compiled:
+                compiled[n] = job.compile(like, tokens, n)
             ended = ended if waiting else time.perf_counter()
-            state, chunk = call(state, job.splits.train, job.key)
-            waiting.append((step, chunk))
-            step += n
-            if len(waiting) > 1:
+            state, chunk = compiled[n](state, tokens, job.key)
+            waiting.append((first, chunk))
+            step = first + n
+            if len(waiting) > 1:  # a call's metrics are read after the next one has been dispatched
                 ended = job.log(*waiting.pop(0), ended)
             asked = stop_request()
-        for each in waiting:
-            ended = job.log(*each, ended)
-        val_loss = None
-        if step == boundary and (step % config.eval_interval == 0 or step == config.steps):
-            val_loss = job.look(state, step)
-        asked = stop_request() if asked is None else asked
-        if step % every == 0 or step == config.steps or asked is not None:
-            job.save(state, step, val_loss)
-    if asked is not None and step < config.steps:
-        raise Stopped(asked, step)
+            at_boundary = step == boundary(job.config, first)
+            if not at_boundary and asked is None:
+                continue
+            while waiting:
+                ended = job.log(*waiting.pop(0), ended)
+            val_loss = None
+            if step % config.eval_interval == 0 or step == config.steps:
+                val_loss = job.look(state, step)
+                asked = stop_request() if asked is None else asked
+            if step % every == 0 or step == config.steps or asked is not None:
+                job.save(state, step, val_loss)
+            if asked is not None and step < config.steps:
+                raise Stopped(asked, step)
     return state
 
 
@@ -220,14 +241,11 @@ def train(config: Config) -> Run:
 
 
 def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
-    corpus = corpora.load(config.data.name, config.data.path)
-    tokenizer = CharTokenizer(corpus.alphabet) if corpus.alphabet else CharTokenizer.from_text(corpus.text)
-    config = resolve(config, tokenizer.vocab_size)
+    source = open_source(config.data)
+    config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
-    ids = tokenizer.encode(corpus.text)
-    splits = data.split(ids, config.data.train_fraction, tokenizer.vocab_size, config.model.block_size)
-    splits = data.Splits(*(sharding.place(mesh, np.asarray(tokens)) for tokens in splits))
-    checkpoints, resumed = open_to_train(config, tokenizer, corpus.sha256)
+    source.split(mesh, config.model.block_size)
+    checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
     new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
     like = jax.eval_shape(new)
@@ -251,23 +269,21 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
             for sink in sinks:
                 sink(record)
 
-        facts, key = {"corpus_sha256": corpus.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
-        job = Job(config, recipe, splits, tokenizer, checkpoints, emit, facts, key, started)
+        facts, key = {"corpus_sha256": source.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
+        job = Job(config, recipe, source, checkpoints, emit, facts, key, started)
         was = dict(mesh.shape) if resumed is None else checkpoints.manifest(resumed)["mesh"]
-        emit({**start_record(config, mesh, corpus, tokenizer, state), "mesh_before": was})
+        emit({**start_record(config, mesh, source, state), "mesh_before": was})
         with stop_requests() as stop_request:
             state = run_steps(job, state, stop_request)
-        loss = evaluate(cast(state.params, recipe), splits.val)
+        loss = evaluate(cast(state.params, recipe), source.pieces("val"), chunks=recipe.loss_chunks)
         spent, last = time.perf_counter() - started, config.train.steps
-        emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(tokenizer.vocab_size),
+        emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
     model = nnx.merge(recipe.graphdef, state.params)
-    return Run(pathlib.Path(config.run.dir), config, tokenizer, model, config.train.steps, corpus.sha256)
+    return Run(pathlib.Path(config.run.dir), config, source.tokenizer, model, config.train.steps, source.sha256)
 
 
-def start_record(
-    config: Config, mesh: jax.sharding.Mesh, corpus: corpora.Corpus, tokenizer: CharTokenizer, state: TrainState
-) -> metrics.Record:
+def start_record(config: Config, mesh: jax.sharding.Mesh, source: Source, state: TrainState) -> metrics.Record:
     """What is known before the first step."""
     model, batch = config.model, config.data.batch_size * config.optim.grad_accumulation
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -284,10 +300,7 @@ def start_record(
         "batch": [batch, model.block_size],
         "steps": config.train.steps,
         "dtype": config.train.dtype,
-        "corpus": corpus.name,
-        "corpus_sha256": corpus.sha256,
-        "characters": len(corpus.text),
-        "alphabet": tokenizer.alphabet,
+        **describe(source),
         "run_dir": config.run.dir,
         "versions": {library.__name__: library.__version__ for library in (jax, flax, optax)},
     }

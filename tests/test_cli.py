@@ -147,7 +147,6 @@ def test_eval_is_one_json_line_of_the_whole_split(run_dir, capsys):
     "flags, code, message",
     [
         (["--prompt", "été"], 2, "unknown character 'é' (position 0)"),
-        (["--prompt", ""], 2, "empty"),
         (["--temperature", "-1"], 2, "temperature is -1.0"),
         (["--temperature", "hot"], 2, "--temperature"),
         (["--top_p", "2"], 2, "top_p is 2.0"),

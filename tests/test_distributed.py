@@ -17,6 +17,7 @@ from flax import nnx
 import jaxgpt
 from jaxgpt import checkpoint, distributed
 from jaxgpt.distributed import DistributedConfig
+from jaxgpt.prepare import PrepareArgs, prepare
 
 
 def start(flags, devices=1, processes=1):
@@ -60,7 +61,11 @@ def wait_for_checkpoint(folder, started):
     pytest.fail(f"no checkpoint: {finish(started, 20)}")
 
 
-def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp_path):
+@pytest.mark.parametrize("kind", ["text", "folder"])
+def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp_path, text_file, kind):
+    if kind == "folder":
+        prepare(PrepareArgs(str(text_file), str(tmp_path / "tokens"), tokenizer="char", workers=1))
+        tiny_config = [*tiny_config, "--data.path", str(tmp_path / "tokens")]
     codes, outputs = finish(start([*tiny_config, "--run.dir", str(tmp_path / "two")], processes=2), 120)
     assert codes == [0, 0], outputs
     assert "done" in outputs[0] and "done" not in outputs[1]  # one of them writes
