@@ -45,13 +45,19 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Literal["cudnn", "s
     Returns:
         (B, H, T, D) in their dtype.
 
+    Raises:
+        ValueError: the machine or the sizes do not fit the kernel.
+
     Source: Dao et al. 2022, "FlashAttention".
     """
     chex.assert_rank(q, 4)
     chex.assert_equal_shape([q, k, v])
     if kernel == "cudnn":
         q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, T, H, D)
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+        try:
+            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+        except RuntimeError as error:
+            raise ValueError(f"no cuDNN attention here ({error}): use --model.attention auto") from error
     # a kernel is opaque to the partitioner: each device runs it on its part of the batch and of the heads
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -54,6 +54,11 @@ def resolve(config: Config, vocab_size: int) -> Config:
         raise ConfigError(
             f"the tokenizer has {vocab_size} ids (--model.vocab_size, {config.model.vocab_size}): leave the flag out"
         )
+    if config.model.block_size % config.train.loss_chunks:
+        raise ConfigError(
+            f"loss_chunks {config.train.loss_chunks} does not divide block_size {config.model.block_size} "
+            "(--train.loss_chunks): use a divisor"
+        )
     dtype = config.train.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"

@@ -46,6 +46,12 @@ def test_splash_attention_names_the_windows_that_it_takes():
         attention.causal(*jnp.zeros((3, 1, 1, 100, 64)), "splash")
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it works")
+def test_cudnn_attention_without_a_gpu_says_what_to_do():
+    with pytest.raises(ValueError, match=r"use --model\.attention auto"):
+        attention.causal(*jnp.zeros((3, 1, 1, 128, 64), jnp.bfloat16), "cudnn")
+
+
 def test_attention_dropout_is_never_dropped_by_a_kernel():
     dropout = dataclasses.replace(CONFIG, dropout=0.5, attention="splash")
     model, x = GPT(dropout, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (1, 128, 128))

@@ -1,5 +1,7 @@
 """A CPU machine can lower for the others: what they would be given to compile."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,16 +13,23 @@ from jaxgpt.model import Cache, GPTConfig
 CONFIG = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
-def test_the_training_step_lowers_for_every_platform_and_computes_in_bfloat16(platform):
-    model = step.init_model(CONFIG, seed=0)
+def lowered_step(model_config, platform, loss_chunks=1):
+    """The text of two training steps in bfloat16."""
+    model = step.init_model(model_config, seed=0)
     config = optim.OptimConfig(decay_steps=10)
     tx, schedule = optim.optimizer(config), optim.schedule(config)
-    recipe = step.Recipe(nnx.graphdef(model), tx, schedule, 4, 8, 1, jnp.dtype(jnp.bfloat16))
-    traced = step.train_steps.trace(
-        step.init_state(model, tx), jnp.zeros(100, jnp.uint8), jax.random.key(0), recipe=recipe, n=2
+    recipe = step.Recipe(
+        nnx.graphdef(model), tx, schedule, 4, model_config.block_size, 1, jnp.dtype(jnp.bfloat16), loss_chunks
     )
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    traced = step.train_steps.trace(
+        step.init_state(model, tx), jnp.zeros(300, jnp.uint8), jax.random.key(0), recipe=recipe, n=2
+    )
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_training_step_lowers_for_every_platform_and_computes_in_bfloat16(platform):
+    text = lowered_step(CONFIG, platform)
     assert "dot_general" in text and "xbf16>" in text and "stablehlo.while" in text
 
 
@@ -35,3 +44,15 @@ def test_generation_lowers_for_every_platform(platform):
         sampling._slide.trace(model, tokens, key, rule, jnp.int32(5), 3),
     ):
         assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    "kernel, platform, call", [("cudnn", "cuda", "__cudnn$fmhaSoftmaxBackward"), ("splash", "tpu", "tpu_custom_call")]
+)
+def test_the_step_of_gpt2_lowers_with_the_attention_kernel_of_the_platform(monkeypatch, kernel, platform, call):
+    if kernel == "cudnn":  # jax asks the machine for its cuDNN while it traces
+        monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    sizes = {"vocab_size": 65, "block_size": 128, "n_layer": 1, "n_head": 2, "n_embd": 128}
+    config = GPTConfig(**sizes, lm_head="tied", bias="all", activation="gelu_tanh", attention=kernel, remat="dots")
+    assert call in lowered_step(config, platform, loss_chunks=4)
+    assert call not in lowered_step(dataclasses.replace(config, attention="xla"), platform)

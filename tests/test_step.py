@@ -10,8 +10,10 @@ import pytest
 from flax import nnx
 
 from jaxgpt import data, optim, step
+from jaxgpt.config import ConfigError, load_config
 from jaxgpt.model import GPTConfig
 from jaxgpt.step import Recipe, TrainState
+from jaxgpt.training import resolve
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, 500), jnp.uint8)
 
@@ -144,3 +146,37 @@ def test_inputs_and_targets_must_have_one_shape():
     recipe, state = make()
     with pytest.raises(AssertionError):
         step.token_losses(step.build(recipe, state.params), jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 7), jnp.int32))
+
+
+def gradients(vocab_size, loss_chunks=1, **fields):
+    """Loss and gradients of one batch, and the numbers that the forward pass keeps for the backward pass."""
+    config = GPTConfig(vocab_size, block_size=128, n_layer=4, n_head=2, n_embd=16, dropout=0.1, **fields)
+    graphdef, params = nnx.split(step.init_model(config, seed=0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, vocab_size, (8, 129)))
+
+    def loss(params):
+        model, rngs = nnx.merge(graphdef, params), nnx.Rngs(dropout=jax.random.key(1))
+        return step.token_losses(model, *data.inputs_and_targets(tokens), rngs, loss_chunks).mean()
+
+    kept = jax.eval_shape(lambda params: jax.vjp(loss, params)[1], params)
+    return jax.jit(jax.value_and_grad(loss))(params), sum(leaf.size for leaf in jax.tree.leaves(kept))
+
+
+def test_a_loss_in_chunks_is_the_same_in_less_memory():
+    plain, most = gradients(vocab_size=2048)
+    chunked, least = gradients(vocab_size=2048, loss_chunks=8)
+    chex.assert_trees_all_close(plain, chunked, rtol=1e-5, atol=1e-7)  # float32, other sums
+    assert least < most - 8 * 128 * 2048  # the logits
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_computes_the_same_with_the_same_dropout_in_less_memory(remat):
+    plain, most = gradients(vocab_size=64)
+    again, least = gradients(vocab_size=64, remat=remat)
+    chex.assert_trees_all_close(plain, again, rtol=1e-5, atol=1e-7)  # float32, fused in another way
+    assert least < most
+
+
+def test_chunks_that_do_not_divide_the_windows_are_refused():
+    with pytest.raises(ConfigError, match=r"loss_chunks 3 does not divide block_size 64.*use a divisor"):
+        resolve(load_config(["--train.loss_chunks", "3"]), 65)
