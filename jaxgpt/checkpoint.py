@@ -5,11 +5,11 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 MANIFEST = "manifest.json"
 ARRAYS = "state"
@@ -24,7 +24,7 @@ class RunConfig:
     """Where a run is kept, and how often."""
 
     dir: str = ""
-    """Run directory; the default is runs/<name of the config file>."""
+    """Run directory, also on an object store (gs://...); the default is runs/<name of the config file>."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Continue the run in the directory if there is one, refuse to, or insist on it."""
     checkpoint_interval: int = 250
@@ -42,7 +42,8 @@ class Checkpoints:
     """The steps below `<run directory>/checkpoints`."""
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 2):
-        self.directory = pathlib.Path(directory).absolute()
+        remote = "://" in str(directory)
+        self.directory = epath.Path(directory if remote else pathlib.Path(directory).absolute())
         self.keep = keep
         self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -135,14 +136,15 @@ class Checkpoints:
             return
         folder = self.directory / str(manifest["step"])
         temporary = folder / (MANIFEST + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
+        with temporary.open("w") as file:
             json.dump(manifest, file, indent=1)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST)
+            if "://" not in str(folder):
+                os.fsync(file.fileno())
+        temporary.replace(folder / MANIFEST)
         for step in set(self.steps()[: -self.keep]) - {self.best()}:
             (self.directory / str(step) / MANIFEST).unlink()
-            shutil.rmtree(self.directory / str(step))
+            (self.directory / str(step)).rmtree()
 
 
 def _signature(tree: Any) -> dict[str, str]:

@@ -18,7 +18,7 @@ def read_metrics(run_dir: str | pathlib.Path) -> list[dict]:
     return records
 
 
-def draw_loss(run_dir: str | pathlib.Path) -> pathlib.Path:
+def draw_loss(run_dir: str | pathlib.Path, title: str | None = None) -> pathlib.Path:
     """Draw training and validation loss over the steps into loss.png, and return its path."""
     records = read_metrics(run_dir)
     # a resumed run repeats the steps after its last checkpoint: the last record of a step counts
@@ -30,7 +30,7 @@ def draw_loss(run_dir: str | pathlib.Path) -> pathlib.Path:
     for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
         losses = {step: r[f"{name}_loss"] for step, r in evals.items()}
         axes.plot(*_sorted(losses), color=color, marker="o", markersize=3, label={"val": "validation"}.get(name, name))
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=pathlib.Path(run_dir).resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title or pathlib.Path(run_dir).resolve().name)
     axes.grid(alpha=0.3)
     axes.legend()
     path = pathlib.Path(run_dir) / "loss.png"

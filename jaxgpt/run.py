@@ -2,8 +2,10 @@
 
 import dataclasses
 import pathlib
+import tempfile
 
 import jax
+from etils import epath
 from flax import nnx
 
 from jaxgpt import config as configs
@@ -26,11 +28,32 @@ class Run:
     """What a run directory holds; `model` has the float32 parameters of `step`."""
 
     dir: pathlib.Path
+    """Of its small files, on this machine."""
     config: Config
     tokenizer: Tokenizer
     model: GPT
     step: int
     corpus_sha256: str
+
+
+def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
+    """The local folder of a run's small files: its directory, or a fresh copy if that is on an object store (gs://)."""
+    if "://" not in str(run_dir):
+        return pathlib.Path(run_dir)
+    folder, remote = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt-run-")), epath.Path(run_dir)
+    for path in remote.iterdir() if remote.exists() else ():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def publish(run_dir: str, folder: pathlib.Path) -> None:
+    """Copy the small files to the run's directory, if they are not there."""
+    if "://" in run_dir:
+        remote = epath.Path(run_dir)
+        remote.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir():
+            (remote / path.name).write_bytes(path.read_bytes())
 
 
 def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
@@ -43,11 +66,11 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     Raises:
         CheckpointError: the directory is not a run's, or there is no such checkpoint.
     """
-    run_dir = pathlib.Path(run_dir)
-    if not (run_dir / CONFIG).is_file():
+    folder = files_of(run_dir)
+    if not (folder / CONFIG).is_file():
         raise CheckpointError(f"not a run directory ({run_dir}, no {CONFIG}): name one that `jaxgpt train` made")
-    config, tokenizer = _read(run_dir)
-    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
+    config, tokenizer = _read(folder)
+    checkpoints = Checkpoints(f"{run_dir}/{CHECKPOINTS}")
     if step is None:
         step = checkpoints.best()
     if step is None:
@@ -59,7 +82,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     params = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
     model, sha256 = nnx.merge(graphdef, params), checkpoints.manifest(step)["corpus_sha256"]
-    return Run(run_dir, config, tokenizer, model, step, sha256)
+    return Run(folder, config, tokenizer, model, step, sha256)
 
 
 def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
@@ -70,30 +93,34 @@ def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
         raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
 
 
-def open_to_train(config: Config, tokenizer: Tokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
+def open_to_train(
+    config: Config, tokenizer: Tokenizer, corpus_sha256: str
+) -> tuple[pathlib.Path, Checkpoints, int | None]:
     """Make the run directory, or check that it is this run's.
 
     Returns:
-        Its checkpoints, and the step to continue from (None: a new run).
+        The folder of its small files, its checkpoints, and the step to continue from (None: a new run).
 
     Raises:
         OtherRunError: the directory holds a run of another configuration or corpus, or `run.resume` is never.
         CheckpointError: `run.resume` is must, and there is nothing to continue.
     """
-    folder = pathlib.Path(config.run.dir)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, config.run.keep)
+    folder = files_of(config.run.dir)
+    checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
     latest = max(checkpoints.steps(), default=None)
     if latest is None and config.run.resume == "must":
-        raise CheckpointError(f"nothing to resume ({folder}): drop --run.resume must, or name another --run.dir")
+        raise CheckpointError(
+            f"nothing to resume ({config.run.dir}): drop --run.resume must, or name another --run.dir"
+        )
     if (folder / CONFIG).is_file():
         if config.run.resume == "never":
-            raise OtherRunError(f"there is a run already ({folder}): name another --run.dir")
+            raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
         different = configs.differences(_read(folder)[0], config)
         if latest is not None and checkpoints.manifest(latest)["corpus_sha256"] != corpus_sha256:
             different.append("the text itself")
         if different:
             raise OtherRunError(
-                f"the run directory is another run's ({folder}; {', '.join(different)}): "
+                f"the run directory is another run's ({config.run.dir}; {', '.join(different)}): "
                 "name another --run.dir, or repeat that run's settings"
             )
     distributed.meet("the run directory is checked")
@@ -101,4 +128,5 @@ def open_to_train(config: Config, tokenizer: Tokenizer, corpus_sha256: str) -> t
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer.save(folder / TOKENIZER)
         (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
-    return checkpoints, latest
+        publish(config.run.dir, folder)
+    return folder, checkpoints, latest

@@ -21,7 +21,7 @@ from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
-from jaxgpt.run import Run, open_to_train
+from jaxgpt.run import Run, open_to_train, publish
 from jaxgpt.source import Source, describe, open_source
 from jaxgpt.step import (
     ESTIMATE,
@@ -99,6 +99,7 @@ class Job:
     config: Config
     recipe: Recipe
     source: Source
+    folder: pathlib.Path
     checkpoints: Checkpoints
     emit: metrics.Sink
     facts: dict[str, Any]
@@ -154,7 +155,7 @@ class Job:
         if step:
             text = self.sample(state, step)
             if distributed.is_first():
-                with open(f"{self.config.run.dir}/samples.txt", "a", encoding="utf-8") as file:
+                with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
                     file.write(f"--- step {step}, validation loss {val:.4f}\n{text}\n\n")
         return val
 
@@ -165,7 +166,9 @@ class Job:
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
     def save(self, state: TrainState, step: int, val_loss: float | None) -> None:
-        """Checkpoint."""
+        """Checkpoint; the small files go with it."""
+        if distributed.is_first():
+            publish(self.config.run.dir, self.folder)
         self.checkpoints.save(step, vars(state), {"val_loss": val_loss, **self.facts})
 
 
@@ -250,7 +253,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
     source.split(mesh, config.model.block_size)
-    checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
+    folder, checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
     new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
     like = jax.eval_shape(new)
@@ -264,8 +267,9 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     sinks = ()
     with contextlib.ExitStack() as stack:
         if distributed.is_first():
-            sinks = metrics.JsonLines(f"{config.run.dir}/metrics.jsonl"), metrics.Console(config.train.steps)
-            stack.callback(report.draw_loss, config.run.dir)
+            sinks = metrics.JsonLines(folder / "metrics.jsonl"), metrics.Console(config.train.steps)
+            stack.callback(publish, config.run.dir, folder)
+            stack.callback(report.draw_loss, folder, config.run.dir.rstrip("/").rpartition("/")[2])
         stack.callback(checkpoints.close)
         for sink in sinks:
             stack.callback(sink.close)
@@ -275,7 +279,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
                 sink(record)
 
         facts, key = {"corpus_sha256": source.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
-        job = Job(config, recipe, source, checkpoints, emit, facts, key, started)
+        job = Job(config, recipe, source, folder, checkpoints, emit, facts, key, started)
         was = dict(mesh.shape) if resumed is None else checkpoints.manifest(resumed)["mesh"]
         emit({**start_record(config, mesh, source, state), "mesh_before": was})
         with stop_requests() as stop_request:
@@ -285,7 +289,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
     model = nnx.merge(recipe.graphdef, state.params)
-    return Run(pathlib.Path(config.run.dir), config, source.tokenizer, model, config.train.steps, source.sha256)
+    return Run(folder, config, source.tokenizer, model, config.train.steps, source.sha256)
 
 
 def start_record(config: Config, mesh: jax.sharding.Mesh, source: Source, state: TrainState) -> metrics.Record:

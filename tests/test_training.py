@@ -199,3 +199,23 @@ def test_a_directory_that_is_no_run_is_named(tiny_config, tmp_path, damage):
 def test_a_vocabulary_other_than_the_text_s_is_refused(tiny_config):
     with pytest.raises(ValueError, match="the tokenizer has"):
         jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.vocab_size", "99"]))
+
+
+def test_a_run_on_an_object_store_leaves_everything_there_and_continues_from_it(tiny_config, tmp_path, monkeypatch):
+    local = checkpoint.epath.Path  # gs://bucket lies in a folder here
+
+    def path(name):
+        return local(str(name).replace("gs://bucket", str(tmp_path / "bucket")))
+
+    monkeypatch.setattr(checkpoint.epath, "Path", path)
+    flags = [*tiny_config, "--run.dir", "gs://bucket/run", "--optim.decay_steps", "40"]
+    jaxgpt.train(jaxgpt.load_config([*flags, "--train.steps", "20"]))
+    folder = tmp_path / "bucket" / "run"
+    names = {"config.yaml", "tokenizer.json", "metrics.jsonl", "samples.txt", "loss.png", "checkpoints"}
+    assert {path.name for path in folder.iterdir()} == names
+    jaxgpt.train(jaxgpt.load_config(flags))
+    assert [r["step"] for r in records(folder, "start")] == [0, 20]
+    assert [r["step"] for r in records(folder, "final")] == [20, 40]
+    whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
+    chex.assert_trees_all_equal(*(nnx.state(run.model) for run in (jaxgpt.load("gs://bucket/run", 40), whole)))
+    assert not (tmp_path / "gs:").exists()
