@@ -165,7 +165,9 @@ class Attention(nnx.Module):
         C = config.width
         self.n_head = config.n_head
         self.kernel = config.attention
-        self.qkv = _linear(config, C, 3 * C, config.bias == "all", rngs)
+        self.query = _linear(config, C, C, config.bias == "all", rngs)
+        self.key = _linear(config, C, C, config.bias == "all", rngs)
+        self.value = _linear(config, C, C, config.bias == "all", rngs)
         self.dropout = nnx.Dropout(config.dropout)
         self.proj = _linear_into_stream(config, C, rngs)
 
@@ -176,7 +178,7 @@ class Attention(nnx.Module):
         """
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(B, T, H, 3, D), (3, 2), (0, 2))  # each (B, H, T, D)
+        q, k, v = (ask(x).reshape(B, T, H, D).swapaxes(1, 2) for ask in (self.query, self.key, self.value))
         if keys_values is None and self.kernel in ("cudnn", "splash") and (rngs is None or not self.dropout.rate):
             out = causal(q, k, v, self.kernel)
             return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), (k, v)

@@ -19,13 +19,12 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 SPLIT = ("tensor", "fsdp")  # in this order, gathering along fsdp leaves one part for each of tensor
 
-# Every parameter matches one rule. The columns of qkv lie head by head, so that `tensor` never cuts a head, and the
-# vocabulary, which no axis need divide, is not split in storage.
+# Every parameter matches one rule. The vocabulary, which no axis need divide, is not split in storage.
 RULES = (
     (r"(token|position)_embedding_table\.embedding", P(None, SPLIT)),
     (r"lm_head\.kernel", P(SPLIT, None)),
-    (r"blocks\.\d+\.(attn\.qkv|mlp\.fc)\.kernel", P("fsdp", "tensor")),
-    (r"blocks\.\d+\.(attn\.qkv|mlp\.fc)\.bias", P("tensor")),
+    (r"blocks\.\d+\.(attn\.(query|key|value)|mlp\.fc)\.kernel", P("fsdp", "tensor")),
+    (r"blocks\.\d+\.(attn\.(query|key|value)|mlp\.fc)\.bias", P("tensor")),
     (r"blocks\.\d+\.(attn|mlp)\.proj\.kernel", P("tensor", "fsdp")),
     (r"blocks\.\d+\.(attn|mlp)\.proj\.bias|lm_head\.bias", P()),
     (r"(blocks\.\d+\.ln_[12]|ln_f)\.(scale|bias)", P()),

@@ -27,7 +27,8 @@ def head(n_head, query, key, value):
     C = len(value)
     config = GPTConfig(vocab_size=2, n_embd=C, n_head=n_head, mlp_ratio=0, projection=False)
     attention = Attention(config, rngs=nnx.Rngs(0))
-    attention.qkv.kernel = nnx.Param(jnp.concatenate([query, key, value], axis=1, dtype=jnp.float32))
+    for layer, kernel in zip((attention.query, attention.key, attention.value), (query, key, value)):
+        layer.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
     return jax.jit(lambda x: attention(x)[0])
 
 

@@ -86,17 +86,18 @@ class MultiHeadAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """GPT-2's attention: query, key and value of all heads from one layer."""
+    """GPT-2's attention: all heads in one product."""
 
     def __init__(self, n_head, n_embd, dropout, bias):
         super().__init__()
         self.n_head = n_head
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias)
+        self.query, self.key, self.value = (nn.Linear(n_embd, n_embd, bias) for _ in range(3))
         self.proj = nn.Linear(n_embd, n_embd, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        q, k, v = self.c_attn(x).unflatten(-1, (self.n_head, 3, -1)).permute(3, 0, 2, 1, 4)
+        layers = self.query, self.key, self.value
+        q, k, v = (layer(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for layer in layers)
         dropout = self.dropout.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
@@ -232,11 +233,9 @@ def leaves(model):
         at = ("blocks", i)
         for name, ours in (("ln1", "ln_1"), ("ln2", "ln_2")):
             add([*at, ours], getattr(block, name, None))
-        if isinstance(block.sa, FusedAttention):
-            add([*at, "attn", "qkv"], block.sa.c_attn)
-        else:
-            heads = block.sa.heads
-            add([*at, "attn", "qkv"], *(getattr(head, name) for head in heads for name in ("query", "key", "value")))
+        heads = [block.sa] if isinstance(block.sa, FusedAttention) else block.sa.heads
+        for name in ("query", "key", "value"):
+            add([*at, "attn", name], *(getattr(head, name) for head in heads))
         add([*at, "attn", "proj"], block.sa.proj)
         for name in ("fc", "proj"):
             add([*at, "mlp", name], getattr(getattr(block, "ffwd", None), name, None))
