@@ -3,7 +3,6 @@
 The kernels have no dropout and no cache, so the model takes its own lines where it needs these.
 """
 
-import functools
 import math
 from typing import Literal
 
@@ -73,7 +72,6 @@ def _splash(q, k, v):
     return jax.lax.platform_dependent((q * D**-0.5).astype(q.dtype), k, v, tpu=kernel, default=plain)
 
 
-@functools.cache
 def _splash_kernel(H: int, T: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
@@ -85,5 +83,4 @@ def _splash_kernel(H: int, T: int, interpret: bool):
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
-    with jax.ensure_compile_time_eval():
-        return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)

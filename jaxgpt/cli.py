@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, distributed, doctor, download, ladder, prepare, sampling, source, training
+from jaxgpt import corpus, data, distributed, doctor, download, ladder, plan, prepare, sampling, source, training
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.distributed import PeerLostError
@@ -31,6 +31,7 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
   eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
   prepare  a corpus into a folder of tokens:      jaxgpt prepare --input texts/ --out data/texts
+  plan     memory, time and batch before a run:   jaxgpt plan --config configs/gpt2_124m.yaml --target v5e:2x4
   ladder   train the small rungs of the lecture:  jaxgpt ladder
   doctor   what jax finds on this machine:        jaxgpt doctor
 
@@ -82,9 +83,23 @@ def train(argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print("Flags override the recipe, which overrides the defaults below.  --config FILE  the recipe\n")
         configs.run_tyro(Config, ["--help"], "jaxgpt train --config FILE")
+    _need_recipe(argv)
+    training.train(configs.load_config(argv))
+
+
+def plan_run(argv: Sequence[str]) -> None:
+    """`jaxgpt plan`."""
+    if {"-h", "--help"} & set(argv):
+        configs.run_tyro(plan.PlanConfig, ["--help"], "jaxgpt plan --config FILE")
+    _need_recipe(argv)
+    config = configs.load_config(argv, plan.PlanConfig, "jaxgpt plan")
+    record = plan.plan(config)
+    print(json.dumps(record) if config.json else plan.table(record))
+
+
+def _need_recipe(argv: Sequence[str]) -> None:
     if not any(word.split("=")[0] == "--config" for word in argv):
         raise ConfigError(f"no recipe (--config): choose one\n{recipes()}")
-    training.train(configs.load_config(argv))
 
 
 def recipes() -> str:
@@ -186,6 +201,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample,
     "eval": evaluate,
     "prepare": prepare_tokens,
+    "plan": plan_run,
     "ladder": climb_ladder,
     "doctor": examine_machine,
 }

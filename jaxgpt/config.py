@@ -76,19 +76,22 @@ def fields(cls: type) -> dict[str, type]:
     return found
 
 
-def load_config(argv: Sequence[str]) -> Config:
+def load_config(argv: Sequence[str], cls: type = Config, prog: str = "jaxgpt train") -> Config:
     """The configuration of a command line: `--config FILE` and `--section.field VALUE` flags, which win over the file.
+
+    Args:
+        argv: the flags.
+        cls: Config, or a subclass whose own flags the command has besides.
+        prog: as `--help` names the command.
 
     Raises:
         ConfigError: an unknown name, a value of the wrong type or out of range, a file that cannot be read.
         SystemExit: after `--help`.
     """
-    flags = split_flags(argv, Config)
+    flags = split_flags(argv, cls)
     path = flags.pop("config", None)
     from_file = read_file(pathlib.Path(path)) if path else {}
-    config = parse(
-        Config, {**from_file, **flags}, "jaxgpt train", f"{path} and command line" if path else "command line"
-    )
+    config = parse(cls, {**from_file, **flags}, prog, f"{path} and command line" if path else "command line")
     if not config.run.dir:
         name = pathlib.Path(path).stem if path else "default"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))

@@ -44,8 +44,13 @@ class NonFiniteError(ArithmeticError):
     """The loss or the gradient is no longer a number."""
 
 
-def resolve(config: Config, vocab_size: int) -> Config:
+def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Config:
     """Fill in what other parts decide: the vocabulary, the end of the schedule, the type to compute in.
+
+    Args:
+        config: as configured.
+        vocab_size: the tokenizer's.
+        platform: that will compute (cpu, gpu, tpu); None = this machine's.
 
     Raises:
         ConfigError: the configured vocab_size is not the tokenizer's.
@@ -61,7 +66,7 @@ def resolve(config: Config, vocab_size: int) -> Config:
         )
     dtype = config.train.dtype
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),

@@ -1,0 +1,195 @@
+"""The training step compiled ahead of time, for this machine's devices or for TPUs that are elsewhere.
+
+Nothing is put on a device: the compiler is given shapes. TPU's compiler is in the libtpu wheel and needs no TPU.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import chips, sharding, step, training
+from jaxgpt.config import Config, ConfigError
+
+MOST_CHIPS = 256
+# AdamW reads gradient, parameter and both moments and writes all but the gradient; the norm reads the gradient: float32
+UPDATE_BYTES = 4 * (4 + 3 + 1)
+ABSENT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a Google machine's metadata server
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling, or training
+}
+
+
+class Target(NamedTuple):
+    """Devices to plan for."""
+
+    name: str
+    devices: list[jax.Device] | None
+    """None where there is no compiler for them."""
+    n: int
+    chip: chips.Chip | None
+    platform: str
+    """jax's name: cpu, gpu, tpu."""
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of memory that jax takes of a device: three quarters of a GPU's if nothing else is said."""
+        return self.chip and int(self.chip.memory * (0.75 if self.platform == "gpu" else 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What one device needs for a step; the numbers that are not known are None."""
+
+    arguments: int
+    """Bytes of state and tokens."""
+    temporaries: int | None
+    """Bytes of everything else: activations, gradients, the program."""
+    moved: float | None
+    """Bytes a step between chip and memory."""
+    fits: bool | None
+    """Whether the compiler found room, where it looks for it; otherwise by the chip's memory."""
+
+    @property
+    def total(self) -> int | None:
+        """Bytes."""
+        return None if self.temporaries is None else self.arguments + self.temporaries
+
+
+def find_target(name: str | None) -> Target:
+    """The devices of `--target`: `v5e:2x4` (TPU, chips along each axis), `h200:8` (GPUs), None = this machine's.
+
+    Raises:
+        ConfigError: there is no such target, or no compiler for it.
+    """
+    if name is None:
+        devices = jax.devices()
+        kind = devices[0].device_kind
+        return Target(f"{len(devices)} x {kind}", devices, len(devices), chips.find(kind), devices[0].platform)
+    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name)
+    chip = chips.named(found[1]) if found else None
+    n = math.prod(map(int, found[2].split("x"))) if found else 0
+    axes = 0 if chip is None or chip.platform == "gpu" else 3 if chip.name in ("v4", "v5p") else 2
+    if chip is None or not 1 <= n <= MOST_CHIPS or found[2].count("x") != max(axes - 1, 0) or chip.name == "v4":
+        gpus = ", ".join(chip.name for chip in chips.CHIPS if chip.platform == "gpu")
+        raise ConfigError(
+            f"no such target (--target, {name}): write v5e:2x4, v6e:2x4 or v5p:2x2x1 with up to {MOST_CHIPS} chips "
+            f"in all, v5e:1x1 for one, or h200:8 (GPUs: {gpus}), or leave it out for this machine"
+        )
+    return Target(name, _topology(name) if axes else None, n, chip, chip.platform)
+
+
+def _topology(name: str) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"no TPU compiler here (--target, {name}): pip install 'jaxgpt[tpu-compile]'")
+    for key, value in ABSENT_TPU.items():
+        os.environ.setdefault(key, value)
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here is left to others
+    from jax.experimental import topologies
+
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except (RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"libtpu knows no such target (--target, {name}, {why}): try 1x1, 2x2, 2x4, 16x16") from None
+
+
+def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
+    """Compile one step of `train_steps`, as training does.
+
+    Args:
+        config: resolved.
+        target: with devices.
+        tokens: of a training split that lies on each device; None where batches come from the host.
+
+    Raises:
+        MeshError: mesh, devices, batch and model do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh):
+        recipe = training.make_recipe(config, training.abstract_model(config, target.platform))
+        state = jax.eval_shape(partial(step.new_state, config.model, recipe.tx), key)
+        rows = recipe.batch_size * recipe.grad_accumulation
+        shape, spec = (
+            ((1, rows, recipe.block_size + 1), P(None, sharding.BATCH)) if tokens is None else ((tokens,), P())
+        )
+        batch = jax.ShapeDtypeStruct(shape, np.min_scalar_type(config.model.vocab_size - 1))
+        places = sharding.shardings(mesh, state), NamedSharding(mesh, spec), NamedSharding(mesh, P())
+        shapes = jax.tree.map(
+            lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (state, batch, key), places
+        )
+        lowered = step.train_steps.lower(*shapes, recipe=recipe, n=1)
+    held = sum(_bytes_a_device(leaf) for leaf in jax.tree.leaves(shapes[:2]))
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        used = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
+        total = None if used is None else int(float(used[1]) * 1024 ** ("KMG".index(used[2]) + 1))
+        return Needs(held, total and total - held, None, False)
+    memory = compiled.memory_analysis()
+    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    parameters = sum(_bytes_a_device(leaf) // 4 for leaf in jax.tree.leaves(shapes[0].params))
+    moved = bytes_of_parts(_counted_bytes(compiled), parameters, config.optim.grad_accumulation)
+    fits = True if target.platform == "tpu" else target.room and held + temporaries <= target.room
+    return Needs(memory.argument_size_in_bytes, temporaries, moved, fits)
+
+
+def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
+    """The same without a compiler, from the sizes of what is kept: roughly, and without traffic.
+
+    Args:
+        config: resolved.
+        target: without devices.
+        parameters: of the model.
+    """
+    sizes = sharding.sizes_of(config.mesh, target.n)
+    model, C = config.model, config.model.width
+    item = np.dtype(jax.numpy.dtype(config.train.dtype)).itemsize
+    state = 12 * parameters // (sizes["fsdp"] * sizes["tensor"])  # float32 parameters and two moments
+    copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and the parameters to compute with
+    # channels a layer and token: stream twice, norms, qkv, attention, hidden layer before and after its activation
+    kept = {"none": 9 + 2 * model.mlp_ratio, "dots": 6 + model.mlp_ratio, "full": 1}[model.remat] * C * model.n_layer
+    if model.remat == "none" and training.abstract_model(config, target.platform).config.attention == "xla":
+        kept += 2 * model.n_head * model.block_size * model.n_layer
+    logits = 4 * model.vocab_size // config.train.loss_chunks
+    tokens = config.data.batch_size * model.block_size // (sizes["data"] * sizes["fsdp"])
+    temporaries = copies + tokens * (item * kept + logits) // sizes["tensor"]
+    return Needs(state, temporaries, None, state + temporaries <= target.room)
+
+
+def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
+    words = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    return words * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
+
+
+def _counted_bytes(compiled) -> float | None:
+    counted = compiled.cost_analysis() or {}
+    return counted.get("bytes accessed")
+
+
+def bytes_of_parts(counted: float | None, parameters: int, parts: int) -> float | None:
+    """The bytes of a step, from what the compiler counts: it takes the loop over accumulated batches for one batch.
+
+    Args:
+        counted: bytes accessed.
+        parameters: held by a device.
+        parts: batches a step.
+    """
+    if counted is None:
+        return None
+    once = min(UPDATE_BYTES * parameters, counted)
+    return once + parts * (counted - once)

@@ -1,0 +1,56 @@
+"""What accelerators can do at most: the denominators of MFU and of the roofline in plan.py."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """The vendor's figures for one device of jax."""
+
+    name: str
+    """As `jaxgpt plan --target` names it."""
+    kinds: tuple[str, ...]
+    """How jax's `device_kind` may name it."""
+    flops: float
+    """Peak dense bfloat16 FLOP/s."""
+    memory: int
+    """Bytes of device memory."""
+    bandwidth: float
+    """Bytes/s between the chip and this memory."""
+    platform: str
+    """jax's name: gpu or tpu."""
+
+
+def _tpu(name: str, kinds: tuple[str, ...], tera_flops: float, gibibytes: int, gigabytes_per_s: float) -> Chip:
+    # what Google's pages call GB of HBM is GiB, as the compiler's own limits show
+    return Chip(name, kinds, tera_flops * 1e12, gibibytes << 30, gigabytes_per_s * 1e9, "tpu")
+
+
+def _gpu(name: str, kinds: tuple[str, ...], tera_flops: float, gigabytes: int, gigabytes_per_s: float) -> Chip:
+    return Chip(name, kinds, tera_flops * 1e12, gigabytes * 10**9, gigabytes_per_s * 1e9, "gpu")
+
+
+# Google: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e
+# NVIDIA: the data sheets at https://www.nvidia.com/en-us/data-center/a100/, /h100/, /h200/, /l4/ (dense: half of what
+# they print "with sparsity")
+CHIPS = (
+    _tpu("v4", ("TPU v4",), 275, 32, 1228),
+    _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819),
+    _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 95, 2765),
+    _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 1640),
+    _gpu("l4", ("NVIDIA L4",), 121, 24, 300),
+    _gpu("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312, 40, 1555),
+    _gpu("a100", ("NVIDIA A100-SXM4-80GB",), 312, 80, 2039),
+    _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350),
+    _gpu("h200", ("NVIDIA H200",), 989, 141, 4800),
+)
+
+
+def find(device_kind: str) -> Chip | None:
+    """The chip that jax calls so; None for a CPU and for what is not in the table."""
+    return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
+
+
+def named(name: str) -> Chip | None:
+    """The chip with this short name."""
+    return next((chip for chip in CHIPS if chip.name == name), None)

@@ -1,0 +1,263 @@
+"""What a run will take, before it runs: `jaxgpt plan`. The compiler's part is in ahead.py."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxgpt import ahead, chips, corpus, metrics, sharding, training
+from jaxgpt.ahead import Needs, Target
+from jaxgpt.config import Config, ConfigError
+from jaxgpt.tokenizer import CharTokenizer
+
+# characters of the named corpora, which are pinned: planning downloads nothing
+CHARACTERS = {"shakespeare": 1_115_394, "tiny_shakespeare": 1_115_394}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(Config):
+    """What a run will take, before it runs: all flags of train, and these."""
+
+    target: str | None = None
+    """Devices to plan for: v5e:2x4, v5p:2x2x1, v6e:16x16 (TPUs, compiled for; v5e:1x1 is one chip), h200:8 (GPUs,
+    estimated); left out, this machine's own."""
+    mfu: float = 0.4
+    """Part of the peak FLOP/s that the run is supposed to reach, in (0, 1]; 0.3 to 0.5 is common."""
+    search: bool = True
+    """Find a batch that fits, in one to three more compilations."""
+    json: bool = False
+    """One line of JSON instead of the table."""
+
+    def __post_init__(self):
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu is {self.mfu}: use a number above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What is known of the tokens without moving them."""
+
+    vocab_size: int
+    tokens: int | None
+    """In the training split; None where they are not on this machine."""
+    on_device: bool
+    """Whether the split lies on each device, as a text of characters does."""
+
+
+def find_text(config: Config) -> Text:
+    """Vocabulary and length of what the configuration trains on.
+
+    Raises:
+        ConfigError: the vocabulary is not known.
+        CorpusError: the file is not a text.
+    """
+    path, vocab_size, whole = config.data.path, config.model.vocab_size, None
+    on_device = False
+    if path is None:
+        known = len(corpus.SHAKESPEARE_ALPHABET)
+        if vocab_size in (0, known):  # another vocabulary is of tokens that are not here
+            vocab_size, whole, on_device = known, CHARACTERS.get(config.data.name), True
+    elif (described := pathlib.Path(path).expanduser() / "dataset.json").is_file():
+        facts = json.loads(described.read_text(encoding="utf-8"))
+        vocab_size, whole = facts["vocab_size"], facts["tokens"]
+    elif pathlib.Path(path).expanduser().is_file():
+        text = corpus.load(config.data.name, path).text
+        vocab_size, whole, on_device = CharTokenizer.from_text(text).vocab_size, len(text), True
+    if not vocab_size:
+        raise ConfigError(
+            f"the size of the vocabulary is not known ({path} is not here): add --model.vocab_size, 50257 for GPT-2's"
+        )
+    return Text(vocab_size, whole and int(config.data.train_fraction * whole), on_device)
+
+
+def count_parameters(config: Config) -> tuple[int, int]:
+    """All parameters, and those that FLOPs are counted by (all but the position table)."""
+    model = training.abstract_model(config, "cpu")
+    n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+    table = config.model.block_size * config.model.width if config.model.positions == "learned" else 0
+    return n, n - table
+
+
+def computed_again(config: Config) -> int:
+    """FLOPs a token that the backward pass spends on computing again what was not kept."""
+    model, C = config.model, config.model.width
+    attention = 4 * model.n_layer * model.block_size * C
+    matmuls = 2 * model.n_layer * C * C * (3 + model.projection + model.mlp_ratio * (1 + model.projection))
+    again = {"none": 0, "dots": attention, "full": attention + matmuls}[model.remat]
+    return again + (2 * model.vocab_size * C if config.train.loss_chunks > 1 else 0)
+
+
+def largest_batch(needs_of: Callable[[int], Needs], room: int, batch: int, needs: Needs) -> int | None:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, ... windows a device that fits, found with few questions.
+
+    Temporaries grow nearly along a line with the batch: a line through what is known says what to ask next.
+
+    Args:
+        needs_of: what a batch a device needs; slow.
+        room: bytes of a device.
+        batch: windows a device that `needs` is of.
+        needs: known already.
+    """
+    known = {batch: needs}
+    ladder = sorted({f << e for e in range(16) for f in (2, 3)} | {1})
+    for _ in range(4):
+        sized = sorted((b, each.total) for b, each in known.items() if each.total is not None)
+        if not sized:
+            return None
+        (b0, least), (b1, most) = (0, needs.arguments) if len(sized) == 1 else sized[0], sized[-1]
+        slope = max((most - least) / (b1 - b0), 1)
+        bound = min((b for b, each in known.items() if not each.fits), default=math.inf)
+        guess = max((b for b in ladder if b < bound and most + slope * (b - b1) <= room), default=1)
+        if guess in known or guess >= bound:
+            break
+        known[guess] = needs_of(guess)
+    return max((b for b, each in known.items() if each.fits), default=None)
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """All that `jaxgpt plan` says, as a record for JSON; what is not known is None.
+
+    Raises:
+        ValueError: target, mesh, batch or vocabulary do not go together; the subclasses say which.
+    """
+    target, text = ahead.find_target(config.target), find_text(config)
+    config = training.resolve(config, text.vocab_size, target.platform)
+    sizes = sharding.sizes_of(config.mesh, target.n)
+    parameters, counted = count_parameters(config)
+    shards = sizes["data"] * sizes["fsdp"]
+
+    def needs_of(batch: int) -> Needs:
+        sized = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch * shards))
+        if target.devices is None:
+            return ahead.estimate_step(sized, target, parameters)
+        return ahead.compile_step(sized, target, text.tokens if text.on_device else None)
+
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), sharding.AXES)
+    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    batch = config.data.batch_size // shards
+    needs = needs_of(batch)
+    best = largest_batch(needs_of, target.room, batch, needs) if config.search and target.room else None
+    return {
+        "target": target.name,
+        "devices": target.n,
+        "chip": target.chip and target.chip.name,
+        "mesh": sizes,
+        "parameters": parameters,
+        "dtype": config.train.dtype,
+        "attention": training.abstract_model(config, target.platform).config.attention,
+        "windows": config.data.batch_size * config.optim.grad_accumulation,
+        "block_size": config.model.block_size,
+        "batch_a_device": batch,
+        "steps": config.train.steps,
+        "epoch_tokens": text.tokens,
+        "estimated": target.devices is None,
+        **dataclasses.asdict(needs),
+        "room": target.room,
+        "searched": bool(config.search and target.room),
+        "fitting_batch_a_device": best,
+        "fitting_batch_size": best and best * shards,
+        **pace(config, target, counted, needs),
+    }
+
+
+def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> dict[str, Any]:
+    """FLOPs, roofline and duration.
+
+    Args:
+        config: resolved.
+        target: its chip may be unknown.
+        parameters: all but the position table.
+        needs: of a step.
+    """
+    model, chip = config.model, target.chip
+    a_token = metrics.flops_per_token(parameters, model.n_layer, model.width, model.block_size)
+    tokens = config.data.batch_size * config.optim.grad_accumulation * model.block_size
+    again = computed_again(config)
+    compute = chip and tokens * (a_token + again) / target.n / chip.flops
+    traffic = chip and needs.moved and needs.moved / chip.bandwidth
+    speed = chip and config.mfu * chip.flops * target.n / a_token
+    return {
+        "tokens_a_step": tokens,
+        "flops_a_step": tokens * a_token,
+        "flops_computed_again": tokens * again,
+        "bytes_a_token": needs.moved and needs.moved * target.n / tokens,
+        "compute_s": compute,
+        "traffic_s": traffic,
+        "roofline_s": traffic and max(compute, traffic),
+        "bound_by": traffic and ("memory traffic" if traffic > compute else "FLOPs"),
+        "roofline_mfu": traffic and tokens * a_token / target.n / chip.flops / max(compute, traffic),
+        "mfu": config.mfu,
+        "tokens_a_second": speed,
+        "hours": speed and config.train.steps * tokens / speed / 3600,
+    }
+
+
+def table(r: dict[str, Any]) -> str:
+    """A record of `plan` for people: one line a topic."""
+    chip, tokens, steps = r["chip"] and chips.named(r["chip"]), r["tokens_a_step"], r["steps"]
+    lines = [
+        ("target", f"{r['target']}" + (f", each {chip.flops / 1e12:,.0f} TFLOP/s, {_bytes(chip.memory)}, "
+                                       f"{_bytes(chip.bandwidth)}/s" if chip else "")),
+        ("mesh", ", ".join(f"{axis} {size}" for axis, size in r["mesh"].items())),
+        ("model", f"{r['parameters']:,} parameters, computed in {r['dtype']}, attention {r['attention']}"),
+        ("step", f"{r['windows']:,} windows x {r['block_size']:,} = {tokens:,} tokens: {_flops(r['flops_a_step'])}"
+                 + f", and {_flops(r['flops_computed_again'])} to compute again what is not kept"
+                 * bool(r["flops_computed_again"])),
+        ("epoch", "length unknown, the tokens are not on this machine" if r["epoch_tokens"] is None else
+                  f"{r['epoch_tokens']:,} tokens, {r['epoch_tokens'] / tokens:,.1f} steps"),
+        ("memory", _memory(r)),
+        ("traffic", "unknown" if r["moved"] is None else
+                    f"{_bytes(r['moved'])} a step and device between chip and memory, "
+                    f"{_bytes(r['bytes_a_token'])} a token"),
+    ]  # fmt: skip
+    if chip and r["roofline_s"]:
+        lines.append(("roofline", f"{r['roofline_s'] * 1e3:,.4g} ms a step, bound by {r['bound_by']} (FLOPs "
+                      f"{r['compute_s'] * 1e3:,.4g} ms, traffic {r['traffic_s'] * 1e3:,.4g} ms): MFU up to "
+                      f"{r['roofline_mfu']:.0%}"))  # fmt: skip
+    elif chip:
+        lines.append(("roofline", f"{r['compute_s'] * 1e3:,.4g} ms a step for the FLOPs"))
+    if chip:
+        lines.append(("pace", f"{r['tokens_a_second']:,.0f} tokens/s at {r['mfu']:.0%} MFU (--mfu): {steps:,} steps in "
+                      f"{r['hours']:,.3g} hours"))  # fmt: skip
+    else:
+        lines.append(("pace", "unknown: this device is not in the table of jaxgpt/chips.py"))
+    if r["searched"]:
+        batch = r["fitting_batch_a_device"]
+        lines.append(("batch", "none found that fits: see memory" if batch is None else
+                      f"{batch:,} windows a device fit (--data.batch_size {r['fitting_batch_size']:,})"))  # fmt: skip
+    return "\n".join(f"{topic:8} {said}" for topic, said in lines)
+
+
+def _memory(r: dict[str, Any]) -> str:
+    about = "estimated " if r["estimated"] else ""
+    if r["temporaries"] is None:
+        said = f"{_bytes(r['arguments'])} state, and temporaries"
+    else:
+        total = r["arguments"] + r["temporaries"]
+        said = f"{_bytes(r['arguments'])} state + {_bytes(r['temporaries'])} temporaries = {_bytes(total)} a device"
+    if r["fits"] is None:
+        return about + said
+    if r["fits"]:
+        return f"{about}{said}: fits {_bytes(r['room'])}"
+    return (
+        f"{about}{said}: DOES NOT FIT {_bytes(r['room'])}; use a smaller --data.batch_size (with more "
+        "--optim.grad_accumulation), --model.remat dots, or --mesh.fsdp over more devices"
+    )
+
+
+def _bytes(n: float) -> str:
+    return _scaled(n, "B")
+
+
+def _flops(n: float) -> str:
+    return _scaled(n, "FLOP")
+
+
+def _scaled(n: float, unit: str) -> str:
+    power = max(0, min(5, (len(str(int(n))) - 1) // 3))
+    return f"{n / 1000**power:.4g} {' kMGTP'[power].strip()}{unit}"
