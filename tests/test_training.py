@@ -3,6 +3,7 @@ import math
 import os
 import signal
 import threading
+import types
 
 import chex
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 import jaxgpt
 from jaxgpt import checkpoint, step, training
+from jaxgpt import run as run_module
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.run import OtherRunError
 from jaxgpt.stopping import Stopped, stop_requests
@@ -207,7 +209,8 @@ def test_a_run_on_an_object_store_leaves_everything_there_and_continues_from_it(
     def path(name):
         return local(str(name).replace("gs://bucket", str(tmp_path / "bucket")))
 
-    monkeypatch.setattr(checkpoint.epath, "Path", path)
+    for module in (checkpoint, run_module):
+        monkeypatch.setattr(module, "epath", types.SimpleNamespace(Path=path))
     flags = [*tiny_config, "--run.dir", "gs://bucket/run", "--optim.decay_steps", "40"]
     jaxgpt.train(jaxgpt.load_config([*flags, "--train.steps", "20"]))
     folder = tmp_path / "bucket" / "run"
