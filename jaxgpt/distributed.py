@@ -47,7 +47,9 @@ class DistributedConfig:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_number):
-    os.write(2, b"jaxgpt: error: another process of the run is gone (see above): run the same command again on all\n")
+    os.write(
+        2, b"jaxgpt: error: another process of the run is gone or never came (see above): start all of them again\n"
+    )
     os._exit(8)
 
 
@@ -72,6 +74,8 @@ def join(config: DistributedConfig) -> None:
     """
     if not expected(config, os.environ) or jax.distributed.is_initialized():
         return
+    # jax aborts a process whose peers are gone or never come, in a thread of its own
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         jax.distributed.initialize(
             config.coordinator_address,
@@ -79,10 +83,8 @@ def join(config: DistributedConfig) -> None:
             config.process_id,
             coordinator_bind_address=config.bind_address or config.coordinator_address,
             heartbeat_timeout_seconds=config.heartbeat_timeout,
-            initialization_timeout=max(60, config.heartbeat_timeout),
+            initialization_timeout=60,
         )
-        # jax aborts a process whose peers are gone, in a thread of its own
-        ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     except (RuntimeError, ValueError) as error:
         raise PeerLostError(
             f"the processes did not meet ({str(error).splitlines()[0]}): start all of them with the same "

@@ -29,7 +29,7 @@ def start(flags, devices=1, processes=1):
     started = []
     for i in range(processes):
         them = ["--distributed.coordinator_address", address, "--distributed.num_processes", str(processes)]
-        them = [*them, "--distributed.process_id", str(i), "--distributed.heartbeat_timeout", "10"]
+        them += ["--distributed.process_id", str(i)]
         command = [sys.executable, "-m", "jaxgpt", "train", "--config", "configs/shakespeare_cpu.yaml"]
         command += [*flags, *(them if processes > 1 else [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -112,10 +112,28 @@ def test_a_signal_to_one_process_saves_and_stops_all(tiny_config, tmp_path, numb
     assert stopped == {max(checkpoints_of(tmp_path / "run"))}
 
 
-def test_processes_that_never_meet_say_so(tiny_config):
+def test_a_process_number_that_cannot_be_is_refused(tiny_config):
     lonely = ["--distributed.coordinator_address", "127.0.0.1:9", "--distributed.num_processes", "2"]
     codes, outputs = finish(start([*tiny_config, *lonely, "--distributed.process_id", "5"]), 30)
     assert codes == [2] and "process_id is 5: use 0 to 1" not in outputs[0] and "use 0 to 1" in outputs[0]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("process_id", ["0", "1"])
+def test_processes_that_never_meet_leave_with_8(tiny_config, process_id):
+    lonely = ["--distributed.coordinator_address", "127.0.0.1:9999", "--distributed.num_processes", "2"]
+    codes, outputs = finish(start([*tiny_config, *lonely, "--distributed.process_id", process_id]), 150)
+    assert codes == [8] and "never came" in outputs[0]
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_is_given_up_within_35_seconds(tiny_config, tmp_path):
+    endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
+    started = start(endless, processes=2)
+    wait_for_checkpoint(tmp_path / "run", started)
+    started[1].send_signal(signal.SIGSTOP)
+    assert started[0].wait(timeout=35) == 8
+    started[1].kill()
 
 
 @pytest.mark.parametrize(
