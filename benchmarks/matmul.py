@@ -14,7 +14,8 @@ import time
 import jax
 import numpy as np
 
-from jaxgpt import load_config, matmul, step, training
+from jaxgpt import load_config, matmul, step
+from jaxgpt.recipe import make_recipe, resolve
 
 STEPS = 10
 
@@ -23,7 +24,7 @@ def compiled(config, product):
     """A compiled call of STEPS training steps with this product in the linear layers, its state, and its data."""
     matmul.matmul, ours = product, matmul.matmul
     model = step.init_model(config.model, config.seed)
-    recipe = training.make_recipe(config, model)
+    recipe = make_recipe(config, model)
     state = step.init_state(model, recipe.tx)
     data = jax.device_put(np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)), jax.random.key(0)
     call = step.train_steps.lower(state, *data, recipe=recipe, n=STEPS).compile()
@@ -37,7 +38,7 @@ def main():
     parser.add_argument("--config", default="configs/shakespeare_cpu.yaml")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    config = training.resolve(load_config(["--config", args.config]), 65)
+    config = resolve(load_config(["--config", args.config]), 65)
     sides = {"jaxgpt.matmul": compiled(config, matmul.matmul), "plain": compiled(config, jax.numpy.matmul)}
     speeds = {name: [] for name in sides}
     for i in range(args.rounds + 1):

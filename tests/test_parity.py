@@ -16,8 +16,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import GPT, GPTConfig, data, generate, load_config, sampling
+from jaxgpt.recipe import make_recipe, resolve
 from jaxgpt.step import TRAIN, TrainState, token_losses, train_steps
-from jaxgpt.training import make_recipe, resolve
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference  # noqa: E402  needs torch
@@ -25,13 +25,14 @@ import torch_reference as reference  # noqa: E402  needs torch
 pytestmark = pytest.mark.parity
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
-FILES = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+ALL = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
+FILES = [name for name in ALL if not name.startswith("gpt2_")]  # GPT-2's sizes are too large: "gpt2" is a small one
 V = 65
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
 # GPT-2's form has no recipe of its own: its sizes here on top of nanoGPT's
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 48, "block_size": 24}
-GPT2_FLAGS = {"model.bias": "all", "model.activation": "gelu_tanh"} | {f"model.{k}": v for k, v in GPT2.items()}
+GPT2_FLAGS = {f"model.{k}": v for k, v in GPT2.items()} | {"optim.warmup_steps": 10, "optim.grad_accumulation": 1}
 TEN_MILLION = ("lecture/scaled", "shakespeare")  # parameters: they get less to do
 # for 100 steps, which would take minutes with as many channels and layers as in the files
 SMALL = {"n_layer": 2, "n_embd": 48, "block_size": 24, "dropout": 0.0}
@@ -73,7 +74,7 @@ def configuration(name, sizes=None, flags=None):
     """A recipe of configs/, or GPT-2's form, without dropout."""
     chosen = {"train.dtype": "float32", "model.dropout": 0} | {f"model.{k}": v for k, v in (sizes or {}).items()}
     if name == "gpt2":
-        name, chosen = "shakespeare_cpu", GPT2_FLAGS | chosen
+        name, chosen = "gpt2_124m", GPT2_FLAGS | chosen
     words = [word for key, value in (chosen | (flags or {})).items() for word in (f"--{key}", str(value))]
     return resolve(load_config(["--config", str(CONFIGS / f"{name}.yaml"), *words]), V)
 
@@ -114,8 +115,9 @@ def both_models(name, seed, dtype, sizes=None, flags=None):
     values = random_leaves(model, seed)
     theirs = torch_model(name, sizes)
     reference.set_leaves(theirs, values)
-    held = [id(part) for parts in reference.leaves(theirs).values() for part in parts]
-    assert sorted(held) == sorted(id(parameter) for parameter in theirs.parameters())  # none left out, none twice
+    held = [parameter[rows] for parts in reference.leaves(theirs).values() for parameter, rows in parts]
+    assert sum(part.numel() for part in held) == sum(parameter.numel() for parameter in theirs.parameters())
+    assert len({part.data_ptr() for part in held}) == len(held)  # none left out, none twice
     params = unflatten_dict({path: jnp.asarray(value, dtype) for path, value in values.items()})
     return config, model, params, theirs
 
@@ -129,7 +131,8 @@ def random_tokens(seed, B, T):
 def logits_loss_and_gradients(params, inputs, targets, graphdef):
     def loss(params):
         logits = nnx.merge(graphdef, params)(inputs)
-        return token_losses(lambda inputs, rngs: logits, inputs, targets).mean(), logits
+        done = types.SimpleNamespace(hidden=lambda inputs, rngs: (None, None), logits=lambda _: logits)
+        return token_losses(done, inputs, targets).mean(), logits
 
     (loss, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     return logits, loss, gradients

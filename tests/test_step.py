@@ -12,8 +12,8 @@ from flax import nnx
 from jaxgpt import data, optim, step
 from jaxgpt.config import ConfigError, load_config
 from jaxgpt.model import GPTConfig
+from jaxgpt.recipe import resolve
 from jaxgpt.step import Recipe, TrainState
-from jaxgpt.training import resolve
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, 500), jnp.uint8)
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, step, training
+from jaxgpt import checkpoint, recipe, step, training
 from jaxgpt import run as run_module
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.run import OtherRunError
@@ -29,9 +29,9 @@ def params_of(run_dir, step):
 
 
 def opt_state_of(config, step_number):
-    config = training.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
+    config = recipe.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
     model = step.init_model(config.model, 0)
-    like = vars(step.init_state(model, training.make_recipe(config, model).tx))
+    like = vars(step.init_state(model, recipe.make_recipe(config, model).tx))
     return checkpoint.Checkpoints(f"{config.run.dir}/checkpoints").restore(step_number, like)["opt_state"]
 
 

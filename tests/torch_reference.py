@@ -86,18 +86,17 @@ class MultiHeadAttention(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """GPT-2's attention: all heads in one product."""
+    """GPT-2's attention: query, key and value of all heads from one layer."""
 
     def __init__(self, n_head, n_embd, dropout, bias):
         super().__init__()
         self.n_head = n_head
-        self.query, self.key, self.value = (nn.Linear(n_embd, n_embd, bias) for _ in range(3))
+        self.c_attn = nn.Linear(n_embd, 3 * n_embd, bias)
         self.proj = nn.Linear(n_embd, n_embd, bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        layers = self.query, self.key, self.value
-        q, k, v = (layer(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for layer in layers)
+        q, k, v = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
         dropout = self.dropout.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
@@ -217,15 +216,15 @@ REFERENCES = {
 
 
 def leaves(model):
-    """The path of each of jaxgpt's leaves -> the PyTorch parameters that it holds, joined along their first axis."""
+    """The path of each of jaxgpt's leaves -> what holds it in PyTorch: parameters and rows of them, to be joined."""
     names = {nn.Embedding: "embedding", nn.LayerNorm: "scale", nn.Linear: "kernel"}
     found = {}
 
-    def add(path, *layers):
+    def add(path, *layers, rows=slice(None)):
         if type(layers[0]) in names:
-            found[*path, names[type(layers[0])]] = [layer.weight for layer in layers]
+            found[*path, names[type(layers[0])]] = [(layer.weight, rows) for layer in layers]
             if getattr(layers[0], "bias", None) is not None:
-                found[*path, "bias"] = [layer.bias for layer in layers]
+                found[*path, "bias"] = [(layer.bias, rows) for layer in layers]
 
     for name in ("token_embedding_table", "position_embedding_table", "ln_f", "lm_head"):
         add([name], getattr(model, name, None))
@@ -233,9 +232,12 @@ def leaves(model):
         at = ("blocks", i)
         for name, ours in (("ln1", "ln_1"), ("ln2", "ln_2")):
             add([*at, ours], getattr(block, name, None))
-        heads = [block.sa] if isinstance(block.sa, FusedAttention) else block.sa.heads
-        for name in ("query", "key", "value"):
-            add([*at, "attn", name], *(getattr(head, name) for head in heads))
+        for j, name in enumerate(("query", "key", "value")):
+            if isinstance(block.sa, FusedAttention):
+                C = block.sa.c_attn.in_features
+                add([*at, "attn", name], block.sa.c_attn, rows=slice(j * C, (j + 1) * C))
+            else:
+                add([*at, "attn", name], *(getattr(head, name) for head in block.sa.heads))
         add([*at, "attn", "proj"], block.sa.proj)
         for name in ("fc", "proj"):
             add([*at, "mlp", name], getattr(getattr(block, "ffwd", None), name, None))
@@ -251,6 +253,7 @@ def set_leaves(model, values):
     for path, parts in places.items():
         value = torch.tensor(values[path])
         value = value.mT if path[-1] == "kernel" else value  # PyTorch's layers are (out, in)
+        parts = [parameter[rows] for parameter, rows in parts]
         for part, mine in zip(parts, value.split([len(part) for part in parts])):
             if part.shape != mine.shape:
                 raise ValueError(f"{path} is {tuple(mine.shape)} there and {tuple(part.shape)} here")
@@ -259,5 +262,5 @@ def set_leaves(model, values):
 
 def get_leaves(model, of=lambda parameter: parameter.detach()):
     """The inverse, {path: array}: of the parameters, or of what `of` takes from each."""
-    joined = {path: torch.cat([of(part) for part in parts]) for path, parts in leaves(model).items()}
+    joined = {path: torch.cat([of(part)[rows] for part, rows in parts]) for path, parts in leaves(model).items()}
     return {path: (value.mT if path[-1] == "kernel" else value).numpy() for path, value in joined.items()}
