@@ -258,6 +258,8 @@ def describe(error: BaseException) -> tuple[int, str]:
     """The exit code and the message of an error."""
     text = str(error) or type(error).__name__
     match error:
+        case _ if distributed.lost_peer(error):
+            return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
         case Stopped():
             return (130 if error.signal_number == signal.SIGINT else 75), text
         case KeyboardInterrupt():
@@ -282,8 +284,6 @@ def describe(error: BaseException) -> tuple[int, str]:
                 9,
                 f"out of memory ({text.splitlines()[0]}): halve --data.batch_size, double --optim.grad_accumulation",
             )
-        case RuntimeError() if distributed.lost_peer(error):
-            return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
         case ProcessError():  # nearly always the kernel, when memory ran out
             return 9, text
         case ConfigError() | UnknownCharacterError() | ValueError():

@@ -111,7 +111,7 @@ def meet(where: str) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of jax, in a run of several processes, is the end of another process."""
+    """Whether an error in a run of several processes is the end of another one: jax raises several types for it."""
     signs = ("Gloo", "NCCL", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat",
              "Barrier", "CoordinationService", "coordination service", "shut down")  # fmt: skip
-    return jax.process_count() > 1 and isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return jax.process_count() > 1 and isinstance(error, Exception) and any(sign in str(error) for sign in signs)

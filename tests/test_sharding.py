@@ -65,7 +65,8 @@ def test_a_run_moves_from_mesh_to_mesh(tiny_config, tmp_path):
 
 
 def files():
-    return sorted(pathlib.Path("configs").rglob("*.yaml"))
+    larger = ("gpt2_350m", "gpt2_774m", "gpt2_1558m")  # more of the same blocks
+    return sorted(path for path in pathlib.Path("configs").rglob("*.yaml") if path.stem not in larger)
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)

@@ -116,7 +116,7 @@ def test_batches_and_their_windows_give_the_same_step(text_file):
     windows = np.stack([np.concatenate([inputs, targets[:, -1:]], axis=1) for inputs, targets in batches])
     drawn = step.train_steps(state(), tokens, key, recipe=recipe, n=3)
     given = step.train_steps(state(), windows.astype(np.uint16), key, recipe=recipe, n=3)
-    chex.assert_trees_all_close(drawn, given, rtol=1e-6)
+    chex.assert_trees_all_close(drawn, given, rtol=1e-5, atol=1e-9)  # float32, fused in another way
 
 
 def test_a_mixture_of_folders_has_one_fingerprint_that_its_weights_decide(folder):
