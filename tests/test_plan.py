@@ -87,7 +87,6 @@ def test_what_does_not_fit_is_an_answer_with_a_remedy(capsys):
     assert cli.main(["plan", *flags]) == 0
     out = capsys.readouterr().out
     assert "DOES NOT FIT 18 GB" in out and "--model.remat dots" in out and "none found that fits" in out
-    assert record_of(capsys, flags)["fits"] is False
 
 
 @pytest.mark.parametrize("target", ["v5e", "v5e-8", "v5e:8", "v5e:2x2x2", "v5p:2x2", "v5e:32x32", "v9x:2x2", "h200:0",
