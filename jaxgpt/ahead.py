@@ -12,16 +12,16 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import chips, sharding, step, training
+from jaxgpt import attention, chips, sharding, step, traffic
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.recipe import abstract_model, make_recipe
 
 MOST_CHIPS = 256
-# AdamW reads gradient, parameter and both moments and writes all but the gradient; the norm reads the gradient: float32
-UPDATE_BYTES = 4 * (4 + 3 + 1)
 ABSENT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a Google machine's metadata server
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -55,8 +55,10 @@ class Needs:
     """Bytes of state and tokens."""
     temporaries: int | None
     """Bytes of everything else: activations, gradients, the program."""
-    moved: float | None
+    moved: int | None
     """Bytes a step between chip and memory."""
+    moved_at_most: bool
+    """Whether `moved` is XLA's count, which takes what stays on the chip for traffic."""
     fits: bool | None
     """Whether the compiler found room, where it looks for it; otherwise by the chip's memory."""
 
@@ -104,6 +106,13 @@ def _topology(name: str) -> list[jax.Device]:
         raise ConfigError(f"libtpu knows no such target (--target, {name}, {why}): try 1x1, 2x2, 2x4, 16x16") from None
 
 
+def kernel_of(config: Config, platform: str) -> attention.Kernel:
+    """The attention of a resolved configuration on a platform."""
+    model = config.model
+    head_size = model.width // model.n_head
+    return attention.choose(model.attention, platform, jnp.dtype(config.train.dtype), model.block_size, head_size)
+
+
 def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     """Compile one step of `train_steps`, as training does.
 
@@ -116,36 +125,44 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
         MeshError: mesh, devices, batch and model do not go together.
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
-    key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        recipe = training.make_recipe(config, training.abstract_model(config, target.platform))
-        state = jax.eval_shape(partial(step.new_state, config.model, recipe.tx), key)
-        rows = recipe.batch_size * recipe.grad_accumulation
-        shape, spec = (
-            ((1, rows, recipe.block_size + 1), P(None, sharding.BATCH)) if tokens is None else ((tokens,), P())
-        )
-        batch = jax.ShapeDtypeStruct(shape, np.min_scalar_type(config.model.vocab_size - 1))
-        places = sharding.shardings(mesh, state), NamedSharding(mesh, spec), NamedSharding(mesh, P())
-        shapes = jax.tree.map(
-            lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (state, batch, key), places
-        )
-        lowered = step.train_steps.lower(*shapes, recipe=recipe, n=1)
-    held = sum(_bytes_a_device(leaf) for leaf in jax.tree.leaves(shapes[:2]))
+        recipe = make_recipe(config, abstract_model(config, target.platform))
+        state, batch, key = _shapes(config, recipe, mesh, tokens)
+        lowered = step.train_steps.lower(state, batch, key, recipe=recipe, n=1)
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves((state, batch)))  # fmt: skip
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used ([\d.]+)([KMG]) of", str(error))
-        total = None if used is None else int(float(used[1]) * 1024 ** ("KMG".index(used[2]) + 1))
-        return Needs(held, total and total - held, None, False)
+        said = re.search(r"temporaries \(([\d.]+)([KMG])\)", str(error))
+        temporaries = said and int(float(said[1]) * 1024 ** ("KMG".index(said[2]) + 1))
+        return Needs(held, temporaries, None, False, False)
     memory = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-    parameters = sum(_bytes_a_device(leaf) // 4 for leaf in jax.tree.leaves(shapes[0].params))
-    moved = bytes_of_parts(_counted_bytes(compiled), parameters, config.optim.grad_accumulation)
+    temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)  # the state is taken over
     fits = True if target.platform == "tpu" else target.room and held + temporaries <= target.room
-    return Needs(memory.argument_size_in_bytes, temporaries, moved, fits)
+    return Needs(memory.argument_size_in_bytes, temporaries, *_moved(compiled), fits)
+
+
+def _moved(compiled: jax.stages.Compiled) -> tuple[int | None, bool]:
+    try:
+        return traffic.bytes_moved(compiled.as_text()), False
+    except jax.errors.JaxRuntimeError:  # a libtpu that writes its programs for v6e in a newer form than jaxlib reads
+        counted = (compiled.cost_analysis() or {}).get("bytes accessed")
+        return counted and int(counted), True
+
+
+def _shapes(config: Config, recipe: step.Recipe, mesh: jax.sharding.Mesh, tokens: int | None):
+    """State, tokens and key of `train_steps`, as shapes in their places."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(partial(step.new_state, config.model, recipe.tx), key)
+    rows = recipe.batch_size * recipe.grad_accumulation
+    shape, spec = ((tokens,), P()) if tokens else ((1, rows, recipe.block_size + 1), P(None, sharding.BATCH))
+    batch = jax.ShapeDtypeStruct(shape, np.min_scalar_type(config.model.vocab_size - 1))
+    places = sharding.shardings(mesh, state), NamedSharding(mesh, spec), NamedSharding(mesh, P())
+    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (state, batch, key), places)
 
 
 def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
@@ -158,38 +175,14 @@ def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
     """
     sizes = sharding.sizes_of(config.mesh, target.n)
     model, C = config.model, config.model.width
-    item = np.dtype(jax.numpy.dtype(config.train.dtype)).itemsize
+    item = jnp.dtype(config.train.dtype).itemsize
     state = 12 * parameters // (sizes["fsdp"] * sizes["tensor"])  # float32 parameters and two moments
     copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and the parameters to compute with
     # channels a layer and token: stream twice, norms, qkv, attention, hidden layer before and after its activation
     kept = {"none": 9 + 2 * model.mlp_ratio, "dots": 6 + model.mlp_ratio, "full": 1}[model.remat] * C * model.n_layer
-    if model.remat == "none" and training.abstract_model(config, target.platform).config.attention == "xla":
+    if model.remat == "none" and kernel_of(config, target.platform) == "xla":
         kept += 2 * model.n_head * model.block_size * model.n_layer
     logits = 4 * model.vocab_size // config.train.loss_chunks
     tokens = config.data.batch_size * model.block_size // (sizes["data"] * sizes["fsdp"])
     temporaries = copies + tokens * (item * kept + logits) // sizes["tensor"]
-    return Needs(state, temporaries, None, state + temporaries <= target.room)
-
-
-def _bytes_a_device(leaf: jax.ShapeDtypeStruct) -> int:
-    words = math.prod(leaf.sharding.shard_shape(leaf.shape))
-    return words * (8 if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf.dtype.itemsize)
-
-
-def _counted_bytes(compiled) -> float | None:
-    counted = compiled.cost_analysis() or {}
-    return counted.get("bytes accessed")
-
-
-def bytes_of_parts(counted: float | None, parameters: int, parts: int) -> float | None:
-    """The bytes of a step, from what the compiler counts: it takes the loop over accumulated batches for one batch.
-
-    Args:
-        counted: bytes accessed.
-        parameters: held by a device.
-        parts: batches a step.
-    """
-    if counted is None:
-        return None
-    once = min(UPDATE_BYTES * parameters, counted)
-    return once + parts * (counted - once)
+    return Needs(state, temporaries, None, False, state + temporaries <= target.room)

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxgpt import ahead, chips, corpus, metrics, sharding, training
+from jaxgpt import ahead, chips, corpus, metrics, sharding
 from jaxgpt.ahead import Needs, Target
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.recipe import abstract_model, resolve
 from jaxgpt.tokenizer import CharTokenizer
 
 # characters of the named corpora, which are pinned: planning downloads nothing
-CHARACTERS = {"shakespeare": 1_115_394, "tiny_shakespeare": 1_115_394}
+CHARACTERS = {"shakespeare": 1_132_176, "tiny_shakespeare": 1_115_394}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def find_text(config: Config) -> Text:
 
 def count_parameters(config: Config) -> tuple[int, int]:
     """All parameters, and those that FLOPs are counted by (all but the position table)."""
-    model = training.abstract_model(config, "cpu")
+    model = abstract_model(config, "cpu")
     n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
     table = config.model.block_size * config.model.width if config.model.positions == "learned" else 0
     return n, n - table
@@ -126,7 +127,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         ValueError: target, mesh, batch or vocabulary do not go together; the subclasses say which.
     """
     target, text = ahead.find_target(config.target), find_text(config)
-    config = training.resolve(config, text.vocab_size, target.platform)
+    config = resolve(config, text.vocab_size, target.platform)
     sizes = sharding.sizes_of(config.mesh, target.n)
     parameters, counted = count_parameters(config)
     shards = sizes["data"] * sizes["fsdp"]
@@ -149,7 +150,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "mesh": sizes,
         "parameters": parameters,
         "dtype": config.train.dtype,
-        "attention": training.abstract_model(config, target.platform).config.attention,
+        "attention": ahead.kernel_of(config, target.platform),
         "windows": config.data.batch_size * config.optim.grad_accumulation,
         "block_size": config.model.block_size,
         "batch_a_device": batch,
@@ -199,38 +200,49 @@ def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> d
 
 def table(r: dict[str, Any]) -> str:
     """A record of `plan` for people: one line a topic."""
-    chip, tokens, steps = r["chip"] and chips.named(r["chip"]), r["tokens_a_step"], r["steps"]
-    lines = [
-        ("target", f"{r['target']}" + (f", each {chip.flops / 1e12:,.0f} TFLOP/s, {_bytes(chip.memory)}, "
-                                       f"{_bytes(chip.bandwidth)}/s" if chip else "")),
-        ("mesh", ", ".join(f"{axis} {size}" for axis, size in r["mesh"].items())),
-        ("model", f"{r['parameters']:,} parameters, computed in {r['dtype']}, attention {r['attention']}"),
-        ("step", f"{r['windows']:,} windows x {r['block_size']:,} = {tokens:,} tokens: {_flops(r['flops_a_step'])}"
-                 + f", and {_flops(r['flops_computed_again'])} to compute again what is not kept"
-                 * bool(r["flops_computed_again"])),
-        ("epoch", "length unknown, the tokens are not on this machine" if r["epoch_tokens"] is None else
-                  f"{r['epoch_tokens']:,} tokens, {r['epoch_tokens'] / tokens:,.1f} steps"),
-        ("memory", _memory(r)),
-        ("traffic", "unknown" if r["moved"] is None else
-                    f"{_bytes(r['moved'])} a step and device between chip and memory, "
-                    f"{_bytes(r['bytes_a_token'])} a token"),
-    ]  # fmt: skip
-    if chip and r["roofline_s"]:
-        lines.append(("roofline", f"{r['roofline_s'] * 1e3:,.4g} ms a step, bound by {r['bound_by']} (FLOPs "
-                      f"{r['compute_s'] * 1e3:,.4g} ms, traffic {r['traffic_s'] * 1e3:,.4g} ms): MFU up to "
-                      f"{r['roofline_mfu']:.0%}"))  # fmt: skip
-    elif chip:
-        lines.append(("roofline", f"{r['compute_s'] * 1e3:,.4g} ms a step for the FLOPs"))
+    chip, tokens = r["chip"] and chips.named(r["chip"]), r["tokens_a_step"]
+    each = f", each {_flops(chip.flops)}/s, {_bytes(chip.memory)}, {_bytes(chip.bandwidth)}/s" if chip else ""
+    again = f", and {_flops(r['flops_computed_again'])} to compute again what is not kept"
+    lines = {
+        "target": f"{r['target']}{each}",
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in r["mesh"].items()),
+        "model": f"{r['parameters']:,} parameters, computed in {r['dtype']}, attention {r['attention']}",
+        "step": f"{r['windows']:,} windows x {r['block_size']:,} = {tokens:,} tokens: {_flops(r['flops_a_step'])}"
+        + (again if r["flops_computed_again"] else ""),
+        "epoch": f"{r['epoch_tokens']:,} tokens, {r['epoch_tokens'] / tokens:,.1f} steps"
+        if r["epoch_tokens"]
+        else "length unknown, the tokens are not on this machine",
+        "memory": _memory(r),
+        "traffic": f"{_at_most(r)}{_bytes(r['moved'])} a step and device between chip and memory, "
+        f"{_bytes(r['bytes_a_token'])} a token"
+        if r["moved"]
+        else "unknown",
+    }
     if chip:
-        lines.append(("pace", f"{r['tokens_a_second']:,.0f} tokens/s at {r['mfu']:.0%} MFU (--mfu): {steps:,} steps in "
-                      f"{r['hours']:,.3g} hours"))  # fmt: skip
+        lines |= _speed(r)
     else:
-        lines.append(("pace", "unknown: this device is not in the table of jaxgpt/chips.py"))
+        lines["pace"] = "unknown: this device is not in the table of jaxgpt/chips.py"
     if r["searched"]:
-        batch = r["fitting_batch_a_device"]
-        lines.append(("batch", "none found that fits: see memory" if batch is None else
-                      f"{batch:,} windows a device fit (--data.batch_size {r['fitting_batch_size']:,})"))  # fmt: skip
-    return "\n".join(f"{topic:8} {said}" for topic, said in lines)
+        batch, size = r["fitting_batch_a_device"], r["fitting_batch_size"]
+        fits = batch and f"{batch:,} windows a device fit (--data.batch_size {size:,})"
+        lines["batch"] = fits or "none found that fits: see memory"
+    return "\n".join(f"{topic:8} {said}" for topic, said in lines.items())
+
+
+def _speed(r: dict[str, Any]) -> dict[str, str]:
+    compute, traffic = (seconds and f"{seconds * 1e3:,.4g} ms" for seconds in (r["compute_s"], r["traffic_s"]))
+    roofline = f"{compute} a step for the FLOPs, unknown for the traffic"
+    if traffic:
+        roofline = (
+            f"{r['roofline_s'] * 1e3:,.4g} ms a step, bound by {r['bound_by']} (FLOPs {compute}, traffic "
+            f"{_at_most(r)}{traffic}): MFU up to {r['roofline_mfu']:.0%}"
+        )
+    pace = f"{r['tokens_a_second']:,.0f} tokens/s at {r['mfu']:.0%} MFU (--mfu)"
+    return {"roofline": roofline, "pace": f"{pace}: {r['steps']:,} steps in {r['hours']:,.3g} hours"}
+
+
+def _at_most(r: dict[str, Any]) -> str:
+    return "at most " if r["moved_at_most"] else ""
 
 
 def _memory(r: dict[str, Any]) -> str:

@@ -5,6 +5,8 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from jaxgpt.matmul import OUTPUT
+
 Remat = Literal["none", "dots", "full"]
 
 
@@ -21,6 +23,6 @@ def call_block(block: nnx.Module, x, keys_values, start, rngs: nnx.Rngs | None, 
 
     if remat != "none":
         policies = jax.checkpoint_policies
-        keep = {"dots": policies.dots_with_no_batch_dims_saveable, "full": policies.nothing_saveable}
+        keep = {"dots": policies.save_only_these_names(OUTPUT), "full": policies.nothing_saveable}
         call = jax.checkpoint(call, policy=keep[remat])
     return call(x, keys_values, start, key)

@@ -99,9 +99,9 @@ def token_losses(
 
     if chunks == 1:
         return losses(x, targets)
-    # not a loop: the compiler overlaps the pieces, and counts what they move
-    pieces = zip(*(jnp.split(a, chunks, axis=1) for a in (x, targets)))
-    return jnp.concatenate([jax.checkpoint(losses)(*piece) for piece in pieces], axis=1)
+    pieces = (jnp.stack(jnp.split(a, chunks, axis=1)) for a in (x, targets))
+    found = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
+    return jnp.concatenate(list(found), axis=1)
 
 
 def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):

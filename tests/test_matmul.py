@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxgpt.matmul import dot_general, matmul
+from jaxgpt.model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("inputs, outputs", [(8, 32), (32, 8), (8, 8)])
@@ -29,3 +31,16 @@ def test_the_barrier_is_for_cpus_only(platform):
 def test_only_the_product_of_a_linear_layer_is_taken():
     with pytest.raises(AssertionError):
         dot_general(jnp.zeros((2, 3)), jnp.zeros((4, 3)), (((1,), (1,)), ((), ())))
+
+
+def test_remat_of_all_but_the_matmuls_computes_none_of_them_again():
+    def products(remat):
+        config = GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16, attention="xla", remat=remat)
+        graphdef, params = nnx.split(GPT(config, rngs=nnx.Rngs(0)))
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        gradient = jax.make_jaxpr(jax.grad(lambda params: nnx.merge(graphdef, params)(tokens).sum()))(params)
+        return str(gradient).count("dot_general[")
+
+    # the scores and their product with the values in each layer, and then the four linear layers too
+    assert products("dots") - products("none") == 2 * 2
+    assert products("full") - products("none") >= 2 * (2 + 3)
