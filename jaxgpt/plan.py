@@ -18,6 +18,7 @@ from jaxgpt.tokenizer import CharTokenizer
 
 # characters of the named corpora, which are pinned: planning downloads nothing
 CHARACTERS = {"shakespeare": 1_132_176, "tiny_shakespeare": 1_115_394}
+GPT2_IDS = 50_257
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,22 +59,23 @@ def find_text(config: Config) -> Text:
         CorpusError: the file is not a text.
     """
     path, vocab_size, whole = config.data.path, config.model.vocab_size, None
-    on_device = False
-    if path is None:
-        known = len(corpus.SHAKESPEARE_ALPHABET)
-        if vocab_size in (0, known):  # another vocabulary is of tokens that are not here
-            vocab_size, whole, on_device = known, CHARACTERS.get(config.data.name), True
-    elif (described := pathlib.Path(path).expanduser() / "dataset.json").is_file():
-        facts = json.loads(described.read_text(encoding="utf-8"))
-        vocab_size, whole = facts["vocab_size"], facts["tokens"]
-    elif pathlib.Path(path).expanduser().is_file():
+    chars = config.data.tokenizer == "char"
+    local = pathlib.Path(path or "").expanduser()
+    if path is not None and (local / "dataset.json").is_file():
+        facts = json.loads((local / "dataset.json").read_text(encoding="utf-8"))
+        return Text(facts["vocab_size"], int(config.data.train_fraction * facts["tokens"]), on_device=False)
+    if chars and path is None and vocab_size in (0, len(corpus.SHAKESPEARE_ALPHABET)):
+        vocab_size, whole = len(corpus.SHAKESPEARE_ALPHABET), CHARACTERS.get(config.data.name)
+    elif chars and path is not None and local.is_file():
         text = corpus.load(config.data.name, path).text
-        vocab_size, whole, on_device = CharTokenizer.from_text(text).vocab_size, len(text), True
+        vocab_size, whole = CharTokenizer.from_text(text).vocab_size, len(text)
+    elif config.data.tokenizer == "gpt2":
+        vocab_size = vocab_size or GPT2_IDS
     if not vocab_size:
         raise ConfigError(
             f"the size of the vocabulary is not known ({path} is not here): add --model.vocab_size, 50257 for GPT-2's"
         )
-    return Text(vocab_size, whole and int(config.data.train_fraction * whole), on_device)
+    return Text(vocab_size, whole and int(config.data.train_fraction * whole), on_device=whole is not None)
 
 
 def count_parameters(config: Config) -> tuple[int, int]:

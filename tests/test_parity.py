@@ -127,12 +127,17 @@ def random_tokens(seed, B, T):
     return np.random.default_rng([seed, 1]).integers(0, V, (2, B, T), np.int32)
 
 
+def losses_of(logits, inputs, targets):
+    """jaxgpt's loss of given logits."""
+    done = types.SimpleNamespace(hidden=lambda inputs, rngs: (None, None), logits=lambda _: logits)
+    return token_losses(done, inputs, targets)
+
+
 @partial(jax.jit, static_argnames="graphdef", compiler_options=QUICKLY)
 def logits_loss_and_gradients(params, inputs, targets, graphdef):
     def loss(params):
         logits = nnx.merge(graphdef, params)(inputs)
-        done = types.SimpleNamespace(hidden=lambda inputs, rngs: (None, None), logits=lambda _: logits)
-        return token_losses(done, inputs, targets).mean(), logits
+        return losses_of(logits, inputs, targets).mean(), logits
 
     (loss, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
     return logits, loss, gradients
@@ -178,7 +183,7 @@ def test_logits_and_loss_agree_in_float32_on_less_than_a_full_window(name):
     config, model, params, theirs = both_models(name, 3, jnp.float32)
     inputs, targets = random_tokens(3, 2, config.model.block_size - 3)
     logits = jax.jit(nnx.merge(nnx.graphdef(model), params).__call__)(inputs)
-    losses = token_losses(lambda tokens, rngs: logits, inputs, targets)
+    losses = losses_of(logits, inputs, targets)
     inputs, targets = torch.tensor(inputs).long(), torch.tensor(targets).long()
 
     # 6e-8 of the stream is lost with each operation; up to 7e-6 in six layers
@@ -253,7 +258,8 @@ def test_a_hundred_steps_of_training_agree(name, float64):
     after, their_after = flatten_dict(jax.device_get(state.params)), reference.get_leaves(theirs)
     assert set(after) == set(their_after)
     for path, value in their_after.items():
-        assert np.abs(value - before[path]).max() > 5e-3, f"{path} has not moved"
+        if path[-2:] != ("key", "bias"):  # adds the same to all scores of a query, which softmax does not see
+            assert np.abs(value - before[path]).max() > 5e-3, f"{path} has not moved"
         np.testing.assert_allclose(after[path], value, rtol=0, atol=1e-7, err_msg=str(path))
 
 

@@ -10,7 +10,7 @@ from jaxgpt import config as configs
 from jaxgpt.ahead import Needs
 
 ROOT = pathlib.Path(__file__).parent.parent
-GPT2 = ["--config", str(ROOT / "configs/gpt2_124m.yaml"), "--model.vocab_size", "50257"]
+GPT2 = ["--config", str(ROOT / "configs/gpt2_124m.yaml")]
 SHAKESPEARE = ["--config", str(ROOT / "configs/shakespeare_cpu.yaml")]
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
@@ -104,7 +104,7 @@ def test_without_the_compiler_the_remedy_is_named(capsys, monkeypatch):
 
 def test_a_batch_that_does_not_divide_and_an_unknown_vocabulary_are_named(capsys):
     assert "use 8 or 16" in error_of(capsys, [*GPT2, "--target", "h200:8", "--data.batch_size", "12"])
-    argv = ["--config", GPT2[1], "--data.path", "not/here", "--target", "h200:8"]
+    argv = ["--config", GPT2[1], "--data.path", "not/here", "--data.tokenizer", "char", "--target", "h200:8"]
     assert "--model.vocab_size, 50257" in error_of(capsys, argv)
     assert "mfu is 1.5 (" in error_of(capsys, [*GPT2, "--mfu", "1.5"])
 
