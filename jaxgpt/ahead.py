@@ -99,8 +99,10 @@ def _topology(name: str) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here is left to others
     from jax.experimental import topologies
 
+    # one chip is not the part of a host that libtpu takes it for
+    host = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith((":1x1", ":1x1x1")) else {}
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        return list(topologies.get_topology_desc(name, platform="tpu", **host).devices)
     except (RuntimeError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise ConfigError(f"libtpu knows no such target (--target, {name}, {why}): try 1x1, 2x2, 2x4, 16x16") from None
