@@ -165,9 +165,7 @@ class Attention(nnx.Module):
         C = config.width
         self.n_head = config.n_head
         self.kernel = config.attention
-        self.query = _linear(config, C, C, config.bias == "all", rngs)
-        self.key = _linear(config, C, C, config.bias == "all", rngs)
-        self.value = _linear(config, C, C, config.bias == "all", rngs)
+        self.query, self.key, self.value = (_linear(config, C, C, config.bias == "all", rngs) for _ in range(3))
         self.dropout = nnx.Dropout(config.dropout)
         self.proj = _linear_into_stream(config, C, rngs)
 
