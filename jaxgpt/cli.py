@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr
             )
-        if jax.process_count() > 1:  # jax would wait for the others at exit, who wait for this process
+        if distributed.several():  # jax would wait for the others at exit, who wait for this process
             distributed.leave(code)
         return code
     return 0

@@ -74,8 +74,8 @@ def join(config: DistributedConfig) -> None:
     """
     if not expected(config, os.environ) or jax.distributed.is_initialized():
         return
-    # jax aborts a process whose peers are gone or never come, in a thread of its own
-    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+    if os.name == "posix":  # jax aborts a process whose peers are gone or never come, in a thread of its own
+        ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         jax.distributed.initialize(
             config.coordinator_address,
@@ -99,6 +99,11 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def several() -> bool:
+    """Whether processes have met; unlike jax.process_count, this starts no backend."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process writes the logs and small files of the run."""
     return jax.process_index() == 0
@@ -114,4 +119,4 @@ def lost_peer(error: BaseException) -> bool:
     """Whether an error in a run of several processes is the end of another one: jax raises several types for it."""
     signs = ("Gloo", "NCCL", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat",
              "Barrier", "CoordinationService", "coordination service", "shut down")  # fmt: skip
-    return jax.process_count() > 1 and isinstance(error, Exception) and any(sign in str(error) for sign in signs)
+    return several() and isinstance(error, Exception) and any(sign in str(error) for sign in signs)

@@ -261,3 +261,11 @@ def test_the_module_and_the_script_are_the_same_door():
 def test_the_cache_is_private_and_can_be_moved(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
     assert download.cache_dir() == tmp_path / "cache"
+
+
+def test_an_error_starts_no_backend():
+    """A wrong flag is answered where jax itself cannot start, too."""
+    environ = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    command = [sys.executable, "-m", "jaxgpt", "train", "--modle.n_layer", "2"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("jaxgpt: error: ") and "Traceback" not in done.stderr
