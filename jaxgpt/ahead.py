@@ -128,7 +128,7 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
-        recipe = make_recipe(config, abstract_model(config, target.platform))
+        recipe = make_recipe(config, abstract_model(config, target.platform), mesh)
         state, batch, key = _shapes(config, recipe, mesh, tokens)
         lowered = step.train_steps.lower(state, batch, key, recipe=recipe, n=1)
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

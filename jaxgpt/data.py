@@ -4,6 +4,7 @@ A batch is a pure function of (key, split, step): resuming needs no iterator, an
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -76,9 +77,19 @@ def batch(key: jax.Array, tokens: jax.Array, step, batch_size: int, block_size: 
     Returns:
         inputs and targets, each (B, T) int32; the targets are the inputs one token later.
     """
+    return inputs_and_targets(_windows(key, tokens, step, batch_size, block_size))
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def batches(key: jax.Array, tokens: jax.Array, n: int, batch_size: int, block_size: int) -> jax.Array:
+    """The windows of `batch` for steps 0 to n - 1 as (n, B, T + 1), of the dtype of the tokens."""
+    return jax.vmap(lambda step: _windows(key, tokens, step, batch_size, block_size))(jnp.arange(n))
+
+
+def _windows(key, tokens, step, batch_size, block_size):
     chex.assert_rank(tokens, 1)
     starts = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, len(tokens) - block_size)
-    return inputs_and_targets(tokens[starts[:, None] + jnp.arange(block_size + 1)])
+    return tokens[starts[:, None] + jnp.arange(block_size + 1)]
 
 
 def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ Letters for shapes, here and everywhere in jaxgpt:
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -106,11 +107,7 @@ class Cache(NamedTuple):
 
 # made once a size: an initializer is a static attribute of its layer, and models that differ in one compile anew
 _normal = functools.cache(nnx.initializers.normal)
-
-
-@functools.cache
-def _uniform(bound: float):
-    return functools.partial(jax.random.uniform, minval=-bound, maxval=bound)
+_uniform = functools.cache(lambda bound: functools.partial(jax.random.uniform, minval=-bound, maxval=bound))
 
 
 def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs):
@@ -147,10 +144,6 @@ def _unchanged(x):
     return x
 
 
-def _add(stream, branch):
-    return stream + branch
-
-
 def _replace(_stream, branch):
     return branch
 
@@ -175,16 +168,14 @@ class Attention(nnx.Module):
         Without `keys_values` the T tokens attend among themselves; with them they stand at position `start` and on.
         """
         B, T, C = x.shape
-        H, D = self.n_head, C // self.n_head
-        q, k, v = (ask(x).reshape(B, T, H, D).swapaxes(1, 2) for ask in (self.query, self.key, self.value))
+        q, (k, v) = self._heads(self.query(x)), self.keys_values(x)
         if keys_values is None and self.kernel in ("cudnn", "splash") and (rngs is None or not self.dropout.rate):
             out = causal(q, k, v, self.kernel)
             return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), (k, v)
         if keys_values is not None:
             k, v = (jax.lax.dynamic_update_slice_in_dim(old, new, start, 2) for old, new in zip(keys_values, (k, v)))
         S = k.shape[2]
-
-        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * D**-0.5
+        scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         past = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1).astype(x.dtype)
         weights = self.dropout(weights, deterministic=rngs is None, rngs=rngs)
@@ -192,6 +183,13 @@ class Attention(nnx.Module):
 
         out = out.swapaxes(1, 2).reshape(B, T, C)  # the heads side by side
         return self.proj(out), (k, v)
+
+    def keys_values(self, x):
+        """(B, T, C) -> the keys and the values, each (B, H, T, D)."""
+        return self._heads(self.key(x)), self._heads(self.value(x))
+
+    def _heads(self, x):
+        return x.reshape(*x.shape[:2], self.n_head, -1).swapaxes(1, 2)
 
 
 class MLP(nnx.Module):
@@ -217,7 +215,7 @@ class Block(nnx.Module):
         self.ln_2 = _layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs) if config.mlp_ratio else None
         self.dropout = nnx.Dropout(config.dropout)
-        self.join = _add if config.residual else _replace
+        self.join = operator.add if config.residual else _replace
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
         """(B, T, C) -> (B, T, C) and the attention's keys and values."""
@@ -274,16 +272,19 @@ class GPT(nnx.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
         start = jnp.int32(0) if cache is None else cache.length
-        x = self.token_embedding_table(pin_batch(tokens))
-        if self.position_embedding_table is not None:
-            x = x + self.position_embedding_table(start + jnp.arange(T))
-        x = pin_batch(self.dropout(x, deterministic=rngs is None, rngs=rngs))
-
+        x = pin_batch(self.dropout(self.embed(tokens, start), deterministic=rngs is None, rngs=rngs))
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
             x, layers[i] = call_block(block, x, layers[i], start, rngs, self.config.remat)
             x = pin_batch(x)
         return self.ln_f(x), Cache(tuple(layers), start + T)
+
+    def embed(self, tokens: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+        """The tables: (B, T) tokens that stand at position `start` and on -> (B, T, C)."""
+        x = self.token_embedding_table(pin_batch(tokens))
+        if self.position_embedding_table is not None:
+            x = x + self.position_embedding_table(start + jnp.arange(tokens.shape[1]))
+        return x
 
     def logits(self, x: jax.Array) -> jax.Array:
         """The head: (B, T, C) of `hidden` -> (B, T, V) float32."""

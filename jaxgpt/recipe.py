@@ -5,8 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxgpt import attention
+from jaxgpt import attention, sharding
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
@@ -52,8 +53,8 @@ def abstract_model(config: Config, platform: str) -> GPT:
     return nnx.eval_shape(lambda: GPT(model, rngs=nnx.Rngs(0)))
 
 
-def make_recipe(config: Config, model: GPT) -> Recipe:
-    """What a resolved configuration compiles to."""
+def make_recipe(config: Config, model: GPT, mesh: Mesh | None = None) -> Recipe:
+    """What a resolved configuration compiles to, on a mesh."""
     return Recipe(
         graphdef=nnx.graphdef(model),
         tx=optimizer(config.optim),
@@ -63,4 +64,5 @@ def make_recipe(config: Config, model: GPT) -> Recipe:
         grad_accumulation=config.optim.grad_accumulation,
         dtype=jnp.dtype(config.train.dtype),
         loss_chunks=config.train.loss_chunks,
+        apart=mesh is not None and sharding.works_apart(mesh, config.model.dropout),
     )

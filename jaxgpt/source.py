@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import corpus, data, sharding, token_folder
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataConfig
-from jaxgpt.step import ESTIMATE, TRAIN, VAL
+from jaxgpt.step import ESTIMATE, TRAIN, VAL, stream_key
 
 EVALUATED = 1 << 20  # tokens of a folder's validation split on the devices at a time
 
@@ -33,6 +33,7 @@ class Text:
 
     def split(self, mesh: Mesh | None, block_size: int) -> None:
         """Cut training and validation split, and put both on every device."""
+        self.block_size = block_size
         parts = data.split(self.ids, self.train_fraction, self.tokenizer.vocab_size, block_size)
         self.splits = parts if mesh is None else data.Splits(*(sharding.place(mesh, np.asarray(a)) for a in parts))
 
@@ -41,8 +42,9 @@ class Text:
         return (self.splits.train for _ in calls)
 
     def sample(self, split: str, seed: int, batches: int, rows: int) -> jax.Array:
-        """What `estimate_loss` takes."""
-        return getattr(self.splits, split)
+        """The same batches of a split each time, (batches, rows, T + 1)."""
+        key = stream_key(seed, ESTIMATE if split == "train" else VAL)
+        return data.batches(key, getattr(self.splits, split), batches, rows, self.block_size)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
         """A whole split for `evaluate`."""

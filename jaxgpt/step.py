@@ -40,6 +40,7 @@ class Recipe(NamedTuple):
     grad_accumulation: int
     dtype: jnp.dtype
     loss_chunks: int = 1
+    apart: bool = False  # devices compute gradients apart: sharding.mean_over_devices
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:
@@ -104,6 +105,32 @@ def token_losses(
     return jnp.concatenate(list(found), axis=1)
 
 
+def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):
+    """The mean loss over a batch, () float32, and its gradient: in grad_accumulation parts, one after the other.
+
+    Args:
+        params: float32.
+        batch: inputs and targets, each (grad_accumulation * B, T) integers.
+        key: for dropout.
+        recipe: static.
+    """
+    parts = recipe.grad_accumulation
+
+    def loss_of(params, part, inputs, targets):
+        rngs = nnx.Rngs(dropout=jax.random.fold_in(key, part))
+        return token_losses(build(recipe, params), inputs, targets, rngs, recipe.loss_chunks).mean()
+
+    def add_part(total, part):
+        mine = jax.value_and_grad(loss_of)(params, *part)
+        return jax.tree.map(jnp.add, total, mine), None
+
+    cut = [jnp.arange(parts), *(a.reshape(parts, -1, recipe.block_size) for a in batch)]
+    if parts == 1:
+        return jax.value_and_grad(loss_of)(params, *(a[0] for a in cut))
+    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+    return jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, cut)[0])
+
+
 def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):
     """One optimizer step.
 
@@ -116,24 +143,11 @@ def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.A
     Returns:
         The state after the step; `loss` before the update, `learning_rate` and `grad_norm` before clipping, () float32.
     """
-    parts, B = recipe.grad_accumulation, recipe.batch_size
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
-
-    def loss_of(params, part, inputs, targets):
-        rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
-        return token_losses(build(recipe, params), inputs, targets, rngs, recipe.loss_chunks).mean()
-
-    def add_part(total, part):
-        mine = jax.value_and_grad(loss_of)(state.params, *part)
-        return jax.tree.map(jnp.add, total, mine), None
-
-    cut = [jnp.arange(parts), *(a.reshape(parts, B, -1) for a in batch)]
-    if parts == 1:
-        loss, grads = jax.value_and_grad(loss_of)(state.params, *(a[0] for a in cut))
-    else:
-        zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params)
-        loss, grads = jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, cut)[0])
-
+    differentiate = partial(loss_and_gradient, recipe=recipe)
+    if recipe.apart:
+        differentiate = sharding.mean_over_devices(differentiate)
+    loss, grads = differentiate(state.params, batch, dropout_key)
     updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
     params, opt_state = sharding.pin((optax.apply_updates(state.params, updates), opt_state))
     measured = {"loss": loss, "learning_rate": recipe.schedule(state.step), "grad_norm": optax.tree.norm(grads)}
@@ -168,27 +182,21 @@ def train_steps(state: TrainState, tokens: jax.Array, key: jax.Array, *, recipe:
     return jax.lax.scan(one, state, tokens if tokens.ndim == 3 else None, length=n)
 
 
-@partial(jax.jit, static_argnames=("recipe", "n"))
-def estimate_loss(params: dict[str, Any], tokens: jax.Array, key: jax.Array, *, recipe: Recipe, n: int) -> jax.Array:
-    """Mean loss () float32 over `n` random batches, the same ones each time: quick, for watching.
+@partial(jax.jit, static_argnames="recipe")
+def estimate_loss(params: dict[str, Any], windows: jax.Array, *, recipe: Recipe) -> jax.Array:
+    """Mean loss () float32 over some batches, the same ones each time: quick, for watching.
 
     Args:
         params: float32.
-        tokens: (N,) unsigned integers, a split from which batches are drawn; or the batches, (n, B, T + 1).
-        key: decides what is drawn.
+        windows: (n, B, T + 1) integers.
         recipe: static.
-        n: static.
     """
     model = build(recipe, params)
 
-    def loss(i):
-        if tokens.ndim == 3:
-            batch = data.inputs_and_targets(tokens[i])
-        else:
-            batch = data.batch(key, tokens, i, recipe.batch_size, recipe.block_size)
-        return token_losses(model, *batch, chunks=recipe.loss_chunks).mean()
+    def loss(windows):
+        return token_losses(model, *data.inputs_and_targets(windows), chunks=recipe.loss_chunks).mean()
 
-    return jax.lax.map(loss, jnp.arange(n)).mean()
+    return jax.lax.map(loss, windows).mean()
 
 
 @partial(jax.jit, static_argnames=("batch_size", "chunks"))

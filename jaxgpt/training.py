@@ -15,17 +15,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import distributed, metrics, report, sampling, sharding
+from jaxgpt import cores, distributed, metrics, report, sampling, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
 from jaxgpt.run import Run, open_to_train, publish
 from jaxgpt.source import Source, describe, open_source
 from jaxgpt.step import (
-    ESTIMATE,
     INIT,
     SAMPLE,
-    VAL,
     Recipe,
     TrainState,
     cast,
@@ -95,11 +93,8 @@ class Job:
     def look(self, state: TrainState, step: int) -> float:
         """Estimate both losses, add a sample to samples.txt, and return the validation loss."""
         seed, n, B = self.config.seed, self.config.train.eval_batches, self.config.data.batch_size
-        train, val = (
-            float(estimate_loss(state.params, self.source.sample(split, seed, n, B), stream_key(seed, stream),
-                                recipe=self.recipe, n=n))
-            for split, stream in (("train", ESTIMATE), ("val", VAL))
-        )  # fmt: skip
+        windows = (self.source.sample(split, seed, n, B) for split in ("train", "val"))
+        train, val = (float(estimate_loss(state.params, batches, recipe=self.recipe)) for batches in windows)
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
         if step:
@@ -193,7 +188,7 @@ def train(config: Config) -> Run:
     """
     started = time.perf_counter()
     distributed.join(config.distributed)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
     with jax.set_mesh(mesh):
         return _train(config, mesh, started)
 
@@ -204,7 +199,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
     source.split(mesh, config.model.block_size)
     folder, checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
-    recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
+    recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
     new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
     like = jax.eval_shape(new)
     shardings = sharding.shardings(mesh, like)

@@ -1,6 +1,6 @@
 """Print the losses of 30 steps on each mesh named on the command line, as JSON: run by test_sharding.py.
 
-JAX_NUM_CPU_DEVICES=8 python tests/mesh_losses.py 1,1,1 2,2,2
+JAX_NUM_CPU_DEVICES=8 python tests/mesh_losses.py linear 0.1 1,1,1 2,2,2
 """
 
 import json
@@ -15,14 +15,14 @@ from jaxgpt import sharding, step
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer, schedule
 
-# 65 ids are divided by no axis; dropout and accumulation are on
+# 65 ids are divided by no axis; accumulation is on
 CONFIG = GPTConfig(
     vocab_size=65,
     block_size=16,
     n_layer=1,
     n_head=8,
     n_embd=64,
-    dropout=0.1,
+    dropout=float(sys.argv[2]),
     lm_head=sys.argv[1],
     bias="all",
     activation="gelu_tanh",
@@ -35,7 +35,8 @@ def losses(sizes: list[int]) -> list[float]:
     tokens = np.random.default_rng(0).integers(0, 65, 2000).astype(np.uint8)
     with jax.set_mesh(mesh):
         graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0))))
-        recipe = step.Recipe(graphdef, optimizer(OPTIM), schedule(OPTIM), 8, 16, 2, jnp.dtype("float32"))
+        apart = sharding.works_apart(mesh, CONFIG.dropout)
+        recipe = step.Recipe(graphdef, optimizer(OPTIM), schedule(OPTIM), 8, 16, 2, jnp.dtype("float32"), 1, apart)
 
         def new():
             return step.new_state(CONFIG, recipe.tx, step.stream_key(0, step.INIT))
@@ -53,4 +54,4 @@ def losses(sizes: list[int]) -> list[float]:
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
-    print(json.dumps({mesh: losses([int(size) for size in mesh.split(",")]) for mesh in sys.argv[2:]}))
+    print(json.dumps({mesh: losses([int(size) for size in mesh.split(",")]) for mesh in sys.argv[3:]}))

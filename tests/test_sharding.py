@@ -31,16 +31,17 @@ def on_eight_devices(command, timeout=900):
 
 
 @pytest.mark.parametrize(
-    "meshes, head",
+    "meshes, head, dropout",
     [
-        (SOME, "linear"),
-        pytest.param(MESHES, "linear", marks=pytest.mark.long),
-        pytest.param(MESHES, "tied", marks=pytest.mark.long),
+        (SOME, "linear", 0.1),
+        ([(1, 1, 1), (2, 1, 1), (8, 1, 1)], "tied", 0.0),  # each device by itself
+        pytest.param(MESHES, "linear", 0.1, marks=pytest.mark.long),
+        pytest.param(MESHES, "tied", 0.1, marks=pytest.mark.long),
     ],
 )
-def test_losses_are_the_same_on_every_mesh(meshes, head):
+def test_losses_are_the_same_on_every_mesh(meshes, head, dropout):
     names = [",".join(map(str, mesh)) for mesh in meshes]
-    done = on_eight_devices([str(pathlib.Path(__file__).with_name("mesh_losses.py")), head, *names])
+    done = on_eight_devices([str(pathlib.Path(__file__).with_name("mesh_losses.py")), head, str(dropout), *names])
     assert "Involuntary full rematerialization" not in done.stderr
     found = json.loads(done.stdout)
     for name in names:

@@ -137,7 +137,7 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(n):
 
 def test_the_quick_estimate_agrees_with_the_whole_split():
     recipe, state = make(batch_size=16)
-    estimate = step.estimate_loss(state.params, TOKENS, jax.random.key(0), recipe=recipe, n=20)
+    estimate = step.estimate_loss(state.params, data.batches(jax.random.key(0), TOKENS, 20, 16, 8), recipe=recipe)
     chex.assert_shape(estimate, ())
     assert float(estimate) == pytest.approx(step.evaluate(step.build(recipe, state.params), TOKENS), abs=0.02)
 

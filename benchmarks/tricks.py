@@ -1,0 +1,116 @@
+"""What each trick for CPUs gains: with it against without it, alternating rounds in one process.
+
+python benchmarks/tricks.py TRICK [--config FILE] [--rounds N]
+  matmul      training: jaxgpt.matmul's weight gradients against those of a plain product
+  devices     training: each core as a device against one device with all cores
+  bfloat16    training: --train.dtype bfloat16 against float32
+  last_block  generation past the window: the last block for the last token against all of it
+Prints one JSON line: steps (or tokens) a second of both, and median and range of the paired ratios.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+
+import jax
+import numpy as np
+
+from jaxgpt import cores, load_config, matmul, sampling, sharding, step
+from jaxgpt.config import Config
+from jaxgpt.recipe import make_recipe, resolve
+from jaxgpt.sharding import MeshConfig
+
+STEPS = 20
+
+
+class Training:
+    """Calls of STEPS training steps, as `jaxgpt train` makes them."""
+
+    def __init__(self, config: Config, mesh: MeshConfig):
+        self.mesh = sharding.make_mesh(mesh)
+        with jax.set_mesh(self.mesh):
+            model = step.init_model(config.model, config.seed)
+            self.recipe = make_recipe(config, model, self.mesh)
+            new = partial(step.new_state, config.model, self.recipe.tx, step.stream_key(config.seed, step.INIT))
+            self.state = jax.jit(new, out_shardings=sharding.shardings(self.mesh, jax.eval_shape(new)))()
+            tokens = np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)
+            self.data = sharding.place(self.mesh, tokens), jax.random.key(0)
+            self.call = step.train_steps.lower(self.state, *self.data, recipe=self.recipe, n=STEPS).compile()
+
+    def __call__(self) -> int:
+        self.state, _ = jax.block_until_ready(self.call(self.state, *self.data))
+        return STEPS
+
+
+class Sliding:
+    """Tokens of one sequence past the window."""
+
+    def __init__(self, config: Config, last_logits):
+        self.model = step.init_model(config.model, config.seed)
+        self.window = jax.numpy.zeros((1, config.model.block_size), jax.numpy.int32)
+        sampling._last_logits, ours = last_logits, sampling._last_logits
+        args = self.model, self.window, jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)
+        self.call = partial(sampling._slide.lower(*args, n=100).compile(), *args)
+        sampling._last_logits = ours
+        jax.clear_caches()
+
+    def __call__(self) -> int:
+        return jax.block_until_ready(self.call()).shape[1]
+
+
+def sides(trick: str, config: Config) -> dict[str, Training | Sliding]:
+    """With the trick, and without it."""
+    ours = cores.share(config.mesh, config.model, config.data.batch_size)
+    config = resolve(config, 65)
+    match trick:
+        case "matmul":
+            with_it = Training(config, ours)
+            matmul.matmul, kept = jax.numpy.matmul, matmul.matmul
+            jax.clear_caches()
+            without = Training(config, ours)
+            matmul.matmul = kept
+        case "devices":
+            with_it, without = Training(config, ours), Training(config, MeshConfig(1))
+        case "bfloat16":
+            half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
+            with_it, without = Training(half, ours), Training(config, ours)
+        case "last_block":
+            with_it = Sliding(config, sampling._last_logits)
+            without = Sliding(config, lambda model, window: model(window)[:, -1])
+    return {"with": with_it, "without": without}
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trick", choices=["matmul", "devices", "bfloat16", "last_block"])
+    parser.add_argument("--config", default="configs/shakespeare_cpu.yaml")
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    measured = sides(args.trick, load_config(["--config", args.config]))
+    speeds = {name: [] for name in measured}
+    for i in range(args.rounds + 1):
+        for name in list(measured)[:: 1 if i % 2 else -1]:
+            began = time.perf_counter()
+            done = measured[name]()
+            speeds[name].append(done / (time.perf_counter() - began))
+    first, second = (values[1:] for values in speeds.values())  # the first round warms up
+    ratios = [a / b for a, b in zip(first, second)]
+    result = {name: round(statistics.median(values[1:]), 2) for name, values in speeds.items()}
+    result |= {"ratio": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)]}
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "devices": str(jax.devices()),
+        "jax": jax.__version__,
+    }
+    unit = "tokens/s" if args.trick == "last_block" else "steps/s"
+    print(json.dumps({"trick": args.trick, "unit": unit, **result, **machine, "command": " ".join(sys.argv)}))
+
+
+if __name__ == "__main__":
+    main()
