@@ -1,6 +1,11 @@
 """What accelerators can do at most: the denominators of MFU and of the roofline in plan.py."""
 
 import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,32 @@ CHIPS = (
 def find(device_kind: str) -> Chip | None:
     """The chip that jax calls so; None for a CPU and for what is not in the table."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
+
+
+class Peak:
+    """The FLOP/s that devices could do at most, `flops`; None where that is not known."""
+
+    def __init__(self, devices: list[jax.Device]):
+        self._devices = devices
+        found = [find(device.device_kind) for device in devices]
+        self.flops = sum(chip.flops for chip in found) if all(found) else None
+
+    def measure(self) -> None:
+        """On a CPU, see what a large product reaches; to be called while nothing else is computed."""
+        if self.flops is None and jax.process_count() == 1 and self._devices[0].platform == "cpu":
+            self.flops = matmul_flops()
+
+
+@functools.cache
+def matmul_flops(n: int = 1024, seconds: float = 1.0) -> float:
+    """FLOP/s of the fastest float32 product of two (n, n) matrices within some seconds, on all cores of a CPU."""
+    square = jax.device_put(jnp.ones((n, n)), jax.local_devices(backend="cpu")[0])
+    product = jax.jit(jnp.matmul).lower(square, square).compile()
+    until, best = time.perf_counter() + seconds, float("inf")
+    while (began := time.perf_counter()) < until:
+        jax.block_until_ready(product(square, square))
+        best = min(best, time.perf_counter() - began)
+    return 2 * n**3 / best
 
 
 def named(name: str) -> Chip | None:

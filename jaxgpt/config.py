@@ -45,6 +45,8 @@ class TrainConfig:
     """Type to compute in; auto = float32 on a CPU, bfloat16 on GPU and TPU. Parameters stay float32."""
     loss_chunks: int = 1
     """Pieces of the windows in which head and loss are computed, a divisor of block_size; more = less memory."""
+    profile: str | None = None
+    """Folder for a trace of the second to fourth call of steps_per_call steps, which xprof opens."""
 
     def __post_init__(self):
         for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
@@ -206,7 +208,7 @@ def dump(config: Config) -> str:
 def differences(ours: Config, theirs: Config) -> list[str]:
     """The fields that decide the numbers of a run and differ, as `name (this value, that value)`."""
     free = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
-    free |= {"train.steps", "train.eval", "train.log"}
+    free |= {"train.steps", "train.eval", "train.log", "train.profile"}
     found = []
     for name in fields(Config):
         a, b = ours, theirs

@@ -97,7 +97,8 @@ class Console:
     def _train(self, r: Record) -> None:
         speed = r["tokens_per_second"]
         left = _clock((self._steps - r["step"]) * self._tokens_per_step / speed)
-        say = f"loss {r['loss']:.4f}  {speed:>9,.0f} tokens/s  {left} left"
+        mfu = f"  MFU {r['mfu']:.0%}" if r["mfu"] else ""
+        say = f"loss {r['loss']:.4f}  {speed:>9,.0f} tokens/s{mfu}  {left} left"
         if self._bar is None:
             self._console.print(f"{self._at(r)}  {say}")
         else:

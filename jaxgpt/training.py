@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import cores, distributed, metrics, report, sampling, sharding
+from jaxgpt import chips, cores, distributed, metrics, report, sampling, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
@@ -52,6 +52,8 @@ class Job:
     emit: metrics.Sink
     facts: dict[str, Any]
     key: jax.Array
+    flops_per_token: int
+    peak: chips.Peak
     started: float
 
     @property
@@ -76,7 +78,9 @@ class Job:
         now, config = time.perf_counter(), self.config
         n = len(chunk["loss"])
         tokens = n * self.rows * config.model.block_size
-        pace = {"tokens_per_second": tokens / (now - began), "mfu": None, "elapsed_s": now - self.started}
+        speed, peak = tokens / (now - began), self.peak.flops
+        mfu = peak and speed * self.flops_per_token / peak
+        pace = {"tokens_per_second": speed, "mfu": mfu, "elapsed_s": now - self.started}
         for i in range(n):
             row = {"step": first + i + 1} | {
                 name: float(chunk[name][i]) for name in ("loss", "learning_rate", "grad_norm")
@@ -136,6 +140,17 @@ def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
         step += n
 
 
+def traced(calls: Iterator[tuple[int, int]], folder: str | None) -> Iterator[tuple[int, int]]:
+    """The calls; while the second to the fourth of them are dispatched, jax's profiler writes a trace to the folder."""
+    with contextlib.ExitStack() as tracing:
+        for i, call in enumerate(calls):
+            if folder and i == 1:
+                tracing.enter_context(jax.profiler.trace(folder))
+            if i == 4:
+                tracing.close()
+            yield call
+
+
 def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
     """Train to the last step, or to the next call after a signal is asked for; all that was done is saved.
 
@@ -147,7 +162,7 @@ def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None
     step, ended, waiting, compiled = int(state.step), 0.0, [], {}
     if step == 0:
         job.look(state, step)
-    cut = calls(job.config, step)
+    cut = traced(calls(job.config, step), config.profile)
     with contextlib.closing(job.source.feed(calls(job.config, step), job.config.seed, job.rows)) as feed:
         for (first, n), tokens in zip(cut, feed):
             if n not in compiled:
@@ -164,6 +179,7 @@ def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None
                 continue
             while waiting:
                 ended = job.log(*waiting.pop(0), ended)
+            job.peak.measure()
             val_loss = None
             if step % config.eval_interval == 0 or step == config.steps:
                 val_loss = job.look(state, step)
@@ -224,9 +240,12 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
                 sink(record)
 
         facts, key = {"corpus_sha256": source.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
-        job = Job(config, recipe, source, folder, checkpoints, emit, facts, key, started)
+        start, peak = start_record(config, mesh, source, state), chips.Peak(list(mesh.devices.flat))
+        job = Job(
+            config, recipe, source, folder, checkpoints, emit, facts, key, start["flops_per_token"], peak, started
+        )
         was = dict(mesh.shape) if resumed is None else checkpoints.manifest(resumed)["mesh"]
-        emit({**start_record(config, mesh, source, state), "mesh_before": was})
+        emit({**start, "mesh_before": was})
         with stop_requests() as stop_request:
             state = run_steps(job, state, stop_request)
         loss = evaluate(cast(state.params, recipe), source.pieces("val"), chunks=recipe.loss_chunks)

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,15 @@ def test_value_and_gradients_are_those_of_the_plain_product(inputs, outputs):
     np.testing.assert_allclose(ours, plain, rtol=1e-6)
     for mine, theirs in zip(of_ours(out), of_plain(out)):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)  # float32 sums of 15 and 32 terms
+
+
+def test_products_of_bfloat16_are_summed_in_float32():
+    x, w = jnp.ones((2, 4096), jnp.bfloat16) * 0.01, jnp.ones((4096, 2), jnp.bfloat16)
+    y, gradients = jax.vjp(jax.jit(matmul), x, w)
+    chex.assert_type([y, *gradients(y)], jnp.bfloat16)
+    exact = 4096 * float(x[0, 0])  # summed in bfloat16 it would stop growing at 256 terms
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=2**-8)
+    assert "preferred_element_type=float32" in str(jax.make_jaxpr(matmul)(x, w))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

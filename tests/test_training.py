@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, recipe, step, training
+from jaxgpt import checkpoint, chips, recipe, step, training
 from jaxgpt import run as run_module
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.run import OtherRunError
@@ -60,10 +60,23 @@ def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
     assert [r["step"] for r in train] == list(range(5, 41, 5))
     fields = {"kind", "step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "elapsed_s"}
     assert all(r.keys() == fields for r in train)
+    # a CPU's peak is measured at the first boundary, where nothing else is computed
+    assert train[-1]["mfu"] is not None
+    for r in filter(lambda r: r["mfu"] is not None, train):
+        achieved = r["tokens_per_second"] * start["flops_per_token"]
+        assert r["mfu"] == pytest.approx(achieved / chips.matmul_flops()) and 0 < r["mfu"] < 1
     assert train[0]["learning_rate"] == pytest.approx(5e-3 / 6)  # step 5 of 5 of warm-up, counted from 1
     assert all(r["seconds"] > 0 for r in records(tmp_path / "run", "compile"))
     evals = records(tmp_path / "run", "eval")
     assert all(r.keys() == {"kind", "step", "train_loss", "val_loss", "elapsed_s"} for r in evals)
+
+
+def test_a_profile_is_a_trace_of_training_steps(tiny_config, tmp_path):
+    jaxgpt.train(jaxgpt.load_config([*tiny_config, "--train.profile", str(tmp_path / "trace")]))
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = {event.name for plane in planes for line in plane.lines for event in line.events}
+    assert any("train_steps" in name for name in names), sorted(names)[:50]
 
 
 @pytest.mark.parametrize("interrupted_at", [10, 25])
