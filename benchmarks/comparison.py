@@ -126,7 +126,7 @@ class Comparison:
         record["others"] = spread([answer["others"] for side in answers.values() for answer in side])
         if self.case.kind == "train":
             last = {name: side[-1]["loss"] for name, side in answers.items()}
-            record["losses"] = {name: [round(facts[name]["warm_loss"], 3), round(last[name], 3)] for name in answers}
+            record["losses"] = {name: [round(facts[name]["first_loss"], 3), round(last[name], 3)] for name in answers}
         return record | self.against_the_chip(record, facts["jaxgpt"]) | {"facts": facts}
 
     def against_the_chip(self, record: dict, facts: dict) -> dict:

@@ -55,8 +55,10 @@ def train(spec):
         n = job.config.train.steps_per_call
         feed = job.source.feed(((first, n) for first in itertools.count(0, n)), job.config.seed, job.rows)
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-        compiled = job.compile(like, next(feed), n)
-    losses, step = [], 0
+        tokens = next(feed)
+        compiled = job.compile(like, tokens, n)
+        state, chunk = compiled(state, tokens, job.key)
+        first_loss, step = float(chunk["loss"][0]), n
 
     def work(seconds):
         nonlocal state, step
@@ -78,12 +80,11 @@ def train(spec):
             job.log(*waiting.pop(0), ended)
             jax.block_until_ready(state)
             spent = time.perf_counter() - began
-        losses.append(float(np.mean(last["loss"])))
-        return {"amount": amount, "seconds": spent, "loss": losses[-1]}
+        return {"amount": amount, "seconds": spent, "loss": float(np.mean(last["loss"]))}
 
     work(0.5)
     facts = {name: record[name] for name in ("parameters", "flops_per_token")} | {"steps_per_call": n}
-    return facts | {"tokens_per_step": job.rows * job.config.model.block_size, "warm_loss": losses[0]}, work
+    return facts | {"tokens_per_step": job.rows * job.config.model.block_size, "first_loss": first_loss}, work
 
 
 def write(spec):

@@ -147,7 +147,7 @@ class Trainer:
 def train(spec):
     """Steps, their loss printed every log_interval."""
     trainer = Trainer(spec)
-    every, losses = spec["config"]["train"]["log_interval"], []
+    every = spec["config"]["train"]["log_interval"]
 
     def step():
         nonlocal loss
@@ -159,14 +159,15 @@ def train(spec):
     def work(seconds):
         began = time.perf_counter()
         amount, _ = until(seconds, step)
-        losses.append(loss.item())  # waits for the device
-        return {"amount": amount, "seconds": time.perf_counter() - began, "loss": losses[-1]}
+        last = loss.item()  # waits for the device
+        return {"amount": amount, "seconds": time.perf_counter() - began, "loss": last}
 
-    loss = None
+    loss = trainer.step()
+    first_loss = loss.item()
     work(0.5)
     optim, data = trainer.config, spec["config"]["data"]
     tokens = data["batch_size"] * optim["grad_accumulation"] * spec["config"]["model"]["block_size"]
-    facts = {"parameters": parameters_of(trainer.model, spec), "tokens_per_step": tokens, "warm_loss": losses[0]}
+    facts = {"parameters": parameters_of(trainer.model, spec), "tokens_per_step": tokens, "first_loss": first_loss}
     return facts | {"fused_adamw": bool(trainer.optimizer.defaults.get("fused"))}, work
 
 

@@ -51,7 +51,7 @@ def test_sides_work_forwards_and_backwards_by_turns_and_the_warm_up_does_not_cou
     sides = {name: Recorder(name, rate, asked) for name, rate in (("a", 3.0), ("b", 2.0), ("c", 1.0))}
     answers = turns.take_turns(sides, rounds=3, seconds=4.0)
 
-    assert "".join(name for name, _ in asked) == "cba" + "abc" + "cba" + "abc"
+    assert "".join(name for name, _ in asked) == "abc" + "cba" + "abc" + "cba"
     assert [seconds for _, seconds in asked] == [1.0] * 3 + [4.0] * 9
     assert {name: [answer["rate"] for answer in side] for name, side in answers.items()} == {
         "a": [3.0] * 3, "b": [2.0] * 3, "c": [1.0] * 3
@@ -155,6 +155,16 @@ def test_every_work_is_explained_and_names_a_recipe_that_exists(capsys):
 
 
 @pytest.fixture
+def one_thread():
+    """PyTorch's threads would fight XLA's over these small arrays."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def compared(tmp_path, text):
     """A function of a work's name and flags -> its first comparison, without the processes."""
     path = tmp_path / "lecture.txt"
@@ -169,8 +179,7 @@ def compared(tmp_path, text):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("work, flags", [("bigram", ()), ("ladder", ()), ("recipe", SMALL)])
-def test_both_sides_have_the_same_model_see_as_many_tokens_a_step_and_learn(compared, work, flags):
-    pytest.importorskip("torch")
+def test_both_sides_have_the_same_model_see_as_many_tokens_a_step_and_learn(compared, one_thread, work, flags):
     import jax_side
     import torch_side
 
@@ -181,12 +190,11 @@ def test_both_sides_have_the_same_model_see_as_many_tokens_a_step_and_learn(comp
     for facts, work in ((ours, our_work), (theirs, their_work)):
         done = work(0.5)
         assert done["amount"] >= 20 and done["seconds"] >= 0.5
-        assert facts["warm_loss"] < 5 and done["loss"] < facts["warm_loss"] - 0.01
+        assert facts["first_loss"] > 4 and done["loss"] < 3  # the logarithm of 65 is 4.2
 
 
 @pytest.mark.parity
-def test_both_sides_write_as_many_tokens_with_the_same_model(compared):
-    pytest.importorskip("torch")
+def test_both_sides_write_as_many_tokens_with_the_same_model(compared, one_thread):
     import jax_side
     import torch_side
 
