@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
                     comparison = Comparison(case, args, flags, pathlib.Path(folder))
                     in_turns = case.kind in ("train", "generate")
                     measured = comparison.in_turns() if in_turns else comparison.from_outside()
-                if measured["others"]["range"][1] > QUIET:
-                    print(f"compare: warning: {LOADED.format(measured['others']['range'][1])}", file=sys.stderr)
+                if (measured["others"] or 0) > QUIET:
+                    print(f"compare: warning: {LOADED.format(measured['others'])}", file=sys.stderr)
                 known = {"device": args.device, "dtype": args.dtype, "rounds": args.rounds} | machine()
                 record = {"work": work, "case": case.name, **measured, **known, "command": command}
                 print(json.dumps(record), flush=True)

@@ -4,7 +4,6 @@ The driver's end is `Worker` and `take_turns`, the worker's end `serve`; between
 """
 
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -91,13 +90,18 @@ def until(seconds: float, piece: Callable[[], int]) -> tuple[int, float]:
 
 
 def busy() -> float:
-    """Processor seconds that the whole machine has spent since it started; on anything but Linux NaN."""
+    """Processor seconds that the whole machine has spent since it started; 0 on anything but Linux."""
     try:
         with open("/proc/stat") as file:
             user, nice, system, _idle, _waiting, *interrupts_and_stolen = map(int, file.readline().split()[1:9])
     except OSError:
-        return math.nan
+        return 0.0
     return (user + nice + system + sum(interrupts_and_stolen)) / os.sysconf("SC_CLK_TCK")
+
+
+def others(before: float, own: float, seconds: float) -> float | None:
+    """Processor cores that something else has kept busy since `busy` said `before`; None where that is not known."""
+    return round((busy() - before - own) / seconds, 3) if before else None
 
 
 def take_turns(workers: dict[str, Any], rounds: int, seconds: float) -> dict[str, list[dict[str, Any]]]:
@@ -117,9 +121,9 @@ def take_turns(workers: dict[str, Any], rounds: int, seconds: float) -> dict[str
         for name in list(workers)[:: 1 if i % 2 else -1]:
             before = busy()
             answer = workers[name].go(seconds if i >= 0 else min(seconds, 1.0))
-            others = (busy() - before - answer["cpu_s"]) / answer["seconds"]
+            answer["others"] = others(before, answer["cpu_s"], answer["seconds"])
             if i >= 0:
-                answers[name].append(answer | {"rate": answer["amount"] / answer["seconds"], "others": others})
+                answers[name].append(answer | {"rate": answer["amount"] / answer["seconds"]})
     return answers
 
 

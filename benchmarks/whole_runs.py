@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from turns import busy
+from turns import busy, others
 
 from jaxgpt import download
 from jaxgpt.config import Config
@@ -35,8 +35,8 @@ class Watched(NamedTuple):
     """From its start to the line that was enough, or to its end if none was."""
     lines: str
     """Its stdout to there."""
-    others: float
-    """Processor cores that were busy with anything else meanwhile."""
+    others: float | None
+    """Processor cores that were busy with anything else meanwhile, if known."""
 
 
 def watch(command: Sequence[str], enough: Callable[[str], bool], cwd: str, env: dict[str, str]) -> Watched:
@@ -65,7 +65,7 @@ def watch(command: Sequence[str], enough: Callable[[str], bool], cwd: str, env: 
             process.stdout.close()
     now = os.times()
     own = now.children_user + now.children_system - children.children_user - children.children_system
-    return Watched(seconds, "".join(lines), (busy() - before - own) / seconds)
+    return Watched(seconds, "".join(lines), others(before, own, seconds))
 
 
 def to_first_loss(line: str) -> bool:

@@ -74,6 +74,13 @@ def test_of_times_the_shorter_is_the_faster():
     assert (record["better"], record["ratio"]["median"]) == ("quick", 1.5)
 
 
+def test_what_other_programs_used_is_what_is_left_of_the_busy_time(monkeypatch):
+    monkeypatch.setattr(turns, "busy", lambda: 14.0)
+    assert turns.others(before=10.0, own=2.0, seconds=4.0) == 0.5
+    assert turns.others(before=0.0, own=2.0, seconds=4.0) is None  # where there is no /proc/stat
+    assert (comparison.most([0.1, 0.5, 0.2]), comparison.most([0.1, None])) == (0.5, None)
+
+
 @pytest.fixture
 def sleeper(tmp_path):
     """A program that serves; its folder finds turns.py through PYTHONPATH."""
