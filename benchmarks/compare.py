@@ -77,6 +77,9 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("work", choices=[*WORKS, "all"], metavar="WORK", help="what to measure, see below")
     parser.add_argument("--rounds", type=int, default=5, help="paired measurements (default 5)")
+    parser.add_argument(
+        "--case", default="", help="only the cases of the work that have this in their name (past, cold)"
+    )
     parser.add_argument("--seconds", type=float, help="of a slice, instead of the work's own (4 to 15)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both sides compute")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default float32 on cpu, bfloat16 on cuda")
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "benchmarks/compare.py", *(sys.argv[1:] if argv is None else argv)])
     try:
         for work in for_device if args.work == "all" else [args.work]:
-            for case in WORKS[work][1]:
+            for case in (case for case in WORKS[work][1] if args.case in case.name):
                 with tempfile.TemporaryDirectory(prefix="jaxgpt-compare-") as folder:
                     print(f"measuring {work} {case.name} ...", file=sys.stderr)
                     comparison = Comparison(case, args, flags, pathlib.Path(folder))

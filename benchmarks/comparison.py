@@ -125,9 +125,11 @@ class Comparison:
         record = {"unit": "steps/s" if self.case.kind == "train" else "tokens/s"}
         record |= compare({name: [answer["rate"] for answer in side] for name, side in answers.items()})
         record["seconds"] = self.args.seconds or self.case.seconds
+        slept = {name: sum(answer["idle_s"] for answer in side) for name, side in answers.items()}
         record["idle_cpu"] = {
-            name: round(sum(a["idle_cpu_s"] for a in side) / sum(a["idle_s"] for a in side), 3)
-            for name, side in answers.items()
+            name: round(sum(answer["idle_cpu_s"] for answer in answers[name]) / slept[name], 3)
+            for name in answers
+            if slept[name] > 1  # the last of a round is the first of the next one, and does not sleep between them
         }
         record["others"] = most([answer["others"] for side in answers.values() for answer in side])
         if self.case.kind == "train":
