@@ -34,7 +34,8 @@ def make(folder: pathlib.Path, gigabytes: float) -> None:
     while (left := int(gigabytes * 1e9 / 2) - tokens.length) > 0:
         tokens.append(draw.integers(0, VOCABULARY, min(block, left), dtype=np.uint16))
     offset = tokens.finish()
-    CharTokenizer("a").save(folder / token_folder.TOKENIZER)
+    alphabet = "".join(map(chr, range(0x100, 0x100 + VOCABULARY)))  # a tokenizer of the right size: gpt2 trains on it
+    CharTokenizer(alphabet).save(folder / token_folder.TOKENIZER)
     facts = {
         "format": token_folder.FORMAT,
         "dtype": "uint16",
