@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from turns import serve, until
 
-from jaxgpt import distributed, generate, load_config, metrics, sharding
+from jaxgpt import chips, cores, distributed, generate, load_config, metrics, sharding
 from jaxgpt.cli import keep_compiled
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
 from jaxgpt.source import open_source
@@ -30,9 +30,10 @@ def prepare(config, mesh):
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
     source.split(mesh, config.model.block_size)
-    recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
-    new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
-    state = jax.jit(new, out_shardings=sharding.shardings(mesh, jax.eval_shape(new)))()
+    recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
+    new = partial(new_state, config.model, recipe.tx)
+    init_key = stream_key(config.seed, INIT)
+    state = jax.jit(new, out_shardings=sharding.shardings(mesh, jax.eval_shape(new, init_key)))(init_key)
     sinks = metrics.JsonLines(os.devnull), metrics.Console(config.train.steps)
 
     def emit(record):
@@ -40,14 +41,16 @@ def prepare(config, mesh):
             sink(record)
 
     key, started = jax.random.key(config.seed), time.perf_counter()
-    return Job(config, recipe, source, None, None, emit, {}, key, started), state
+    flops = start_record(config, mesh, source, state)["flops_per_token"]
+    peak = chips.Peak(list(mesh.devices.flat))
+    return Job(config, recipe, source, None, None, emit, {}, key, flops, peak, started), state
 
 
 def train(spec):
     """Steps in calls of steps_per_call; a call's metrics are read after the next one has been dispatched."""
     config = load_config(spec["flags"])
     distributed.join(config.distributed)
-    mesh = sharding.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
     with jax.set_mesh(mesh):
         job, state = prepare(config, mesh)
         record = start_record(job.config, mesh, job.source, state)

@@ -216,11 +216,11 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     source.split(mesh, config.model.block_size)
     folder, checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
-    new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
-    like = jax.eval_shape(new)
+    new, init_key = partial(new_state, config.model, recipe.tx), stream_key(config.seed, INIT)
+    like = jax.eval_shape(new, init_key)
     shardings = sharding.shardings(mesh, like)
     if resumed is None:
-        state = jax.jit(new, out_shardings=shardings)()
+        state = jax.jit(new, out_shardings=shardings)(init_key)
     else:
         like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), like, shardings)
         state = TrainState(**checkpoints.restore(resumed, vars(like)))

@@ -1,5 +1,6 @@
-"""Fixtures; compiled functions are kept in the cache that the command line uses."""
+"""Fixtures. Two devices, as on two cores; compiled functions are kept in the cache that the command line uses."""
 
+import os
 import random
 
 import jax
@@ -7,6 +8,8 @@ import pytest
 
 from jaxgpt import download
 
+if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_compilation_cache_dir", str(download.cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

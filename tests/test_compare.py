@@ -115,7 +115,7 @@ def test_the_losses_on_the_screen_of_jaxgpt_and_nanogpt_are_recognised(capsys):
     console = metrics.Console(2000)
     console._tokens_per_step = 768
     console({"kind": "eval", "step": 250, "train_loss": 2.4285, "val_loss": 2.4379, "elapsed_s": 1.0})
-    console({"kind": "train", "step": 20, "loss": 3.5621, "tokens_per_second": 16_765.0})
+    console({"kind": "train", "step": 20, "loss": 3.5621, "tokens_per_second": 16_765.0, "mfu": None})
     final = {
         "kind": "final",
         "val_loss": 1.9049,
