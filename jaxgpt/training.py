@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import distributed, metrics, report, sampling, sharding
+from jaxgpt import distributed, lock, metrics, report, sampling, sharding, storage
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
-from jaxgpt.run import Run, open_to_train, publish
+from jaxgpt.run import Run, begin, facts_of, find_step, publish
 from jaxgpt.source import Source, describe, open_source
 from jaxgpt.step import (
     ESTIMATE,
@@ -190,11 +190,17 @@ def train(config: Config) -> Run:
         ValueError: data, configuration or run directory do not fit; the subclasses say which.
         NonFiniteError: the loss or the gradient was not finite; the last checkpoint is from before.
         Stopped: a signal came; the run is saved and continues when train is called again.
+        BusyError: another process trains in the run directory.
+        StorageError: the run directory has no room or cannot be written.
     """
     started = time.perf_counter()
     distributed.join(config.distributed)
     mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        writer = lock.held(config.run.dir, "wait until it is done, or name another --run.dir")
+        distributed.from_first(lambda: stack.enter_context(writer))
+        stack.enter_context(storage.failures(config.run.dir))
+        stack.enter_context(jax.set_mesh(mesh))
         return _train(config, mesh, started)
 
 
@@ -202,12 +208,15 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     source = open_source(config.data)
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    checkpoints, resumed = find_step(config, source.sha256)
     source.split(mesh, config.model.block_size)
-    folder, checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
     new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
     like = jax.eval_shape(new)
     shardings = sharding.shardings(mesh, like)
+    left = config.train.steps - (resumed or 0)
+    distributed.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
+    folder = begin(config, source.tokenizer)
     if resumed is None:
         state = jax.jit(new, out_shardings=shardings)()
     else:
@@ -228,13 +237,16 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
             for sink in sinks:
                 sink(record)
 
-        facts, key = {"corpus_sha256": source.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
+        key, facts = jax.random.key(config.seed), {"mesh": dict(mesh.shape)}
+        if distributed.is_first():
+            facts |= facts_of(config, folder, source.sha256)
         job = Job(config, recipe, source, folder, checkpoints, emit, facts, key, started)
         was = dict(mesh.shape) if resumed is None else checkpoints.manifest(resumed)["mesh"]
         emit({**start_record(config, mesh, source, state), "mesh_before": was})
         with stop_requests() as stop_request:
             state = run_steps(job, state, stop_request)
         loss = evaluate(cast(state.params, recipe), source.pieces("val"), chunks=recipe.loss_chunks)
+        checkpoints.wait()  # "done" is said of what is safe
         spent, last = time.perf_counter() - started, config.train.steps
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
