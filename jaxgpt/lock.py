@@ -51,7 +51,6 @@ def held(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
         return
     path = pathlib.Path(folder) / LOCK
     with storage.failures(folder):
-        path.parent.mkdir(parents=True, exist_ok=True)
         file = _taken(path, remedy)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}"}
         file.seek(0)
@@ -61,18 +60,26 @@ def held(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if fcntl is not None:
-            path.unlink(missing_ok=True)  # still locked: whoever opened it meanwhile sees that it is gone
-        file.close()
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)  # Windows removes no open file
+            if fcntl is not None:
+                path.unlink()  # still locked: whoever opened it meanwhile sees that it is gone
+                file.close()
+            else:
+                file.close()  # Windows removes no open file, and therefore none that another one has locked
+                path.unlink()
             path.parent.rmdir()  # only if it is empty
 
 
 def _taken(path: pathlib.Path, remedy: str):
     """The open file of the lock."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        except (FileExistsError, FileNotFoundError):
+            if path.parent.is_file() or path.parent.is_symlink():
+                raise
+            continue  # its last holder removed the empty folder between our two calls
         try:
             _lock(file)
         except OSError as error:
@@ -91,7 +98,7 @@ def _taken(path: pathlib.Path, remedy: str):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
-        file.close()  # its last holder removed it between our two calls
+        file.close()  # the same with the file
 
 
 def _lock(file) -> None:

@@ -1,4 +1,4 @@
-"""`jaxgpt`, killed at a named point: python tests/kill_at.py POINT COUNT train ... dies the COUNTth time it gets there."""
+"""`jaxgpt`, killed at a named point: python tests/kill_at.py POINT COUNT train ..., the COUNTth time there."""
 
 import os
 import signal

@@ -64,11 +64,11 @@ def test_a_damage_of_any_file_of_a_checkpoint_is_found(run_dir, damage):
         put(path, data)
 
 
-def test_any_changed_byte_of_a_manifest_is_found(trained, tmp_path):
+def test_a_changed_byte_anywhere_in_a_manifest_is_found(trained, tmp_path):
     data = (trained[0] / "checkpoints" / "40" / "manifest.json").read_bytes()
     folder = epath.Path(tmp_path)
-    for i in range(len(data)):
-        (tmp_path / "manifest.json").write_bytes(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
+    for i in range(0, len(data), 11):  # a prime: every kind of place and bit
+        (tmp_path / "manifest.json").write_bytes(data[:i] + bytes([data[i] ^ 1 << i // 11 % 8]) + data[i + 1 :])
         with pytest.raises(manifest.DamagedError):
             manifest.read(folder)
     (tmp_path / "manifest.json").write_bytes(data)
@@ -136,7 +136,7 @@ def test_a_warning_is_one_line_on_stderr(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "new"), [("config.yaml", "activation: relu", "activation: gelu"), ("tokenizer.json", "ab", "ba")]
+    ("name", "old", "new"), [("config.yaml", "activation: relu", "activation: gelu"), ("tokenizer.json", "de", "ed")]
 )
 def test_small_files_that_are_not_the_checkpoint_s_are_refused(run_dir, capsys, name, old, new):
     text = (run_dir / name).read_text()
