@@ -33,6 +33,7 @@ def say_in_one_line(debug: bool) -> None:
     warnings.formatwarning = ours
     if not debug:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.excepthook = lambda *_: None  # ours never get there; tensorstore's threads print what orbax raises
 
 
 def describe(error: BaseException) -> tuple[int, str]:

@@ -100,7 +100,11 @@ def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
 
 
 def _check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
-    """The small files must be those of the checkpoint: another alphabet or activation would be wrong without a word."""
+    """The small files must be those of the checkpoint: another alphabet or activation would be wrong without a word.
+
+    Raises:
+        CheckpointError: they are not.
+    """
     now = configs.flat(config)
     wrong = configs.differences(facts.get("config", now), now)
     found = _sha256(folder / TOKENIZER)
@@ -172,6 +176,8 @@ def _find_step(config: Config, corpus_sha256: str, checkpoints: Checkpoints) -> 
         config,
         configs.differences({**before, text: facts["corpus_sha256"]}, {**now, text: corpus_sha256}),
     )
+    if began:
+        _check_files(folder, config, facts)
     was, here = (_flat(each) for each in (facts.get("circumstances", {}), circumstances()))
     if other := [
         f"{name} was {was[name]}, now {here[name]}" for name in here if was.get(name, here[name]) != here[name]
@@ -198,13 +204,14 @@ def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name != "versions"} | versions
 
 
-def begin(config: Config, tokenizer: Tokenizer) -> pathlib.Path:
-    """Write the small files; returns their folder."""
+def begin(config: Config, tokenizer: Tokenizer, resumed: int | None) -> pathlib.Path:
+    """Write the small files; returns their folder. A run that goes on keeps its tokenizer.json, byte for byte."""
     folder = files_of(config.run.dir)
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder / (TOKENIZER + ".tmp"))
-        storage.replace(folder / (TOKENIZER + ".tmp"), folder / TOKENIZER)
+        if resumed is None or not (folder / TOKENIZER).exists():
+            tokenizer.save(folder / (TOKENIZER + ".tmp"))
+            storage.replace(folder / (TOKENIZER + ".tmp"), folder / TOKENIZER)
         storage.write(folder / CONFIG, configs.dump(config))
         publish(config.run.dir, folder)
     return folder

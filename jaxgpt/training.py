@@ -216,7 +216,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     shardings = sharding.shardings(mesh, like)
     left = config.train.steps - (resumed or 0)
     distributed.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
-    folder = begin(config, source.tokenizer)
+    folder = begin(config, source.tokenizer, resumed)
     if resumed is None:
         state = jax.jit(new, out_shardings=shardings)()
     else:

@@ -1,6 +1,7 @@
 """`jaxgpt`, killed at a named point: python tests/kill_at.py POINT COUNT train ..., the COUNTth time there."""
 
 import os
+import pathlib
 import signal
 import sys
 
@@ -19,7 +20,7 @@ def die(*_, **__):
 
 def remove_half(folder):
     """Every second file, and then no more."""
-    for path in sorted(path for path in folder.rglob("*") if path.is_file())[::2]:
+    for path in sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())[::2]:
         path.unlink()
     die()
 

@@ -138,12 +138,14 @@ def test_a_warning_is_one_line_on_stderr(run_dir):
 @pytest.mark.parametrize(
     ("name", "old", "new"), [("config.yaml", "activation: relu", "activation: gelu"), ("tokenizer.json", "de", "ed")]
 )
-def test_small_files_that_are_not_the_checkpoint_s_are_refused(run_dir, capsys, name, old, new):
+def test_small_files_that_are_not_the_checkpoint_s_are_refused(trained, run_dir, capsys, name, old, new):
     text = (run_dir / name).read_text()
     assert old in text
     (run_dir / name).write_text(text.replace(old, new))
     assert cli.main(["sample", "--run", str(run_dir)]) == 4
     assert "was changed since checkpoint 40" in capsys.readouterr().err
+    assert cli.main(["train", *trained[1], "--run.dir", str(run_dir)]) in (4, 6)  # 6 names the field
+    assert (run_dir / name).read_text() == text.replace(old, new)
 
 
 def test_another_configuration_is_named_from_the_manifest_where_config_yaml_is_gone(trained, run_dir, capsys):
