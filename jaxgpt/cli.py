@@ -2,12 +2,9 @@
 
 import dataclasses
 import difflib
-import errno
 import json
 import math
-import os
 import pathlib
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,14 +13,10 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import corpus, data, distributed, doctor, download, ladder, plan, prepare, sampling, source, training
-from jaxgpt.checkpoint import CheckpointError
+from jaxgpt import data, distributed, doctor, download, ladder, plan, prepare, sampling, source, training
 from jaxgpt.config import Config, ConfigError
-from jaxgpt.distributed import PeerLostError
-from jaxgpt.processes import ProcessError
-from jaxgpt.run import OtherRunError, load
-from jaxgpt.stopping import Stopped
-from jaxgpt.tokenizer import UnknownCharacterError
+from jaxgpt.errors import describe, say_in_one_line
+from jaxgpt.run import load
 
 USAGE = """usage: jaxgpt COMMAND [flags]
 
@@ -37,8 +30,8 @@ USAGE = """usage: jaxgpt COMMAND [flags]
 
 `jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
 Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run directory unusable, 5 loss not finite,
-6 run directory of another run, 7 storage write failed, 8 another process lost, 9 out of memory, 75 stopped and saved,
-130 Ctrl-C.
+6 run directory busy or another run's, 7 storage write failed, 8 another process lost, 9 out of memory,
+75 stopped and saved, 130 Ctrl-C.
 """
 
 
@@ -153,7 +146,8 @@ def evaluate(argv: Sequence[str]) -> None:
     learned = source.open_source(run.config.data)
     if learned.sha256 != run.corpus_sha256:
         raise data.DataError(
-            f"not the text that the run learned from ({learned.name}, sha256 {learned.sha256}): restore the file"
+            f"not the text that the run learned from ({learned.name}, sha256 {learned.sha256}, learned from was "
+            f"{run.corpus_sha256}): restore the file"
         )
     learned.split(None, run.config.model.block_size)
     loss = training.evaluate(run.model, learned.pieces(args.split))
@@ -220,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--help"]
             raise ConfigError(f"no such command ({argv[0]}): perhaps you meant `jaxgpt {near[0]}`")
         keep_compiled()
+        say_in_one_line(debug)
         COMMANDS[argv[0]](argv[1:])
     except BaseException as error:
         if isinstance(error, SystemExit):  # --help
@@ -248,44 +243,3 @@ def keep_compiled() -> None:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
-AGAIN = "run the same command again on all of them; the last checkpoint is intact"
-STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO}
-
-
-def describe(error: BaseException) -> tuple[int, str]:
-    """The exit code and the message of an error."""
-    text = str(error) or type(error).__name__
-    match error:
-        case _ if distributed.lost_peer(error):
-            return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
-        case Stopped():
-            return (130 if error.signal_number == signal.SIGINT else 75), text
-        case KeyboardInterrupt():
-            return 130, "stopped by Ctrl-C"
-        case corpus.CorpusError() | download.DownloadError() | data.DataError():
-            return 3, text
-        case CheckpointError():
-            return 4, text
-        case training.NonFiniteError():
-            return 5, text
-        case OtherRunError():
-            return 6, text
-        case PeerLostError():
-            return 8, text
-        case BrokenPipeError():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
-            return 0, ""
-        case OSError() if error.errno in STORAGE:
-            return 7, f"cannot write ({error.filename}, {error.strerror}): free space, or name another folder"
-        case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in text:
-            return (
-                9,
-                f"out of memory ({text.splitlines()[0]}): halve --data.batch_size, double --optim.grad_accumulation",
-            )
-        case ProcessError():  # nearly always the kernel, when memory ran out
-            return 9, text
-        case ConfigError() | UnknownCharacterError() | ValueError():
-            return 2, text
-    return 1, f"{type(error).__name__}: {text}"

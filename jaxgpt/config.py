@@ -205,15 +205,29 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """The fields that decide the numbers of a run and differ, as `name (this value, that value)`."""
+def flat(config: Config) -> dict[str, Any]:
+    """All values by the names of their flags."""
+    found = {}
+    for name in fields(type(config)):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        found[name] = value
+    return found
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields that decide the numbers of a run and differ, as `name (was X, now Y)`.
+
+    Args:
+        before: what `flat` gave; a field that there was not yet had what is its default now.
+        now: what `flat` gives.
+    """
     free = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
     free |= {"train.steps", "train.eval", "train.log", "train.profile"}
-    found = []
-    for name in fields(Config):
-        a, b = ours, theirs
-        for part in name.split("."):
-            a, b = getattr(a, part), getattr(b, part)
-        if a != b and not any(name.startswith(prefix) for prefix in free):
-            found.append(f"{name} (was {a}, now {b})")
-    return found
+    before = {**flat(Config()), **before}
+    return [
+        f"{name} (was {before[name]}, now {value})"
+        for name, value in now.items()
+        if before[name] != value and not any(name.startswith(prefix) for prefix in free)
+    ]

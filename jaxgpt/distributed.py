@@ -3,13 +3,17 @@
 import ctypes
 import dataclasses
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Mapping
-from typing import Literal, NoReturn
+from collections.abc import Callable, Mapping
+from typing import Literal, NoReturn, TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
+
+A = TypeVar("A")
 
 
 class PeerLostError(RuntimeError):
@@ -109,10 +113,23 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def meet(where: str) -> None:
-    """Wait until all processes are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+def from_first(make: Callable[[], A]) -> A:
+    """What the first process makes, in all of them; an error of it is an error of all, so that none waits for it."""
+    if jax.process_count() == 1:
+        return make()
+    made, error = None, None
+    if is_first():
+        try:
+            made = make()
+        except Exception as raised:
+            error = raised
+    told = np.frombuffer(pickle.dumps((made, error)) if is_first() else b"", np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    told = multihost_utils.broadcast_one_to_all(told if is_first() else np.zeros(size, np.uint8))
+    made, error = pickle.loads(np.asarray(told, np.uint8).tobytes())  # of our own first process
+    if error is not None:
+        raise error
+    return made
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from jaxgpt import documents
+from jaxgpt import documents, lock, storage
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
 from jaxgpt.documents import File, Piece
@@ -68,27 +68,42 @@ def prepare(args: PrepareArgs) -> dict[str, Any]:
         DataError: an input cannot be read.
         TokenizerError: there is no such tokenizer.
         Stopped: a signal came; the same command continues.
+        BusyError: another process makes this folder.
+        StorageError: the folder cannot be written.
     """
     _check(args)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     files = documents.list_files(args.input)
     request = _request(args, files)
     out = pathlib.Path(args.out).expanduser()
-    if (facts := _earlier(out, DATASET, request)) is not None:
+    if (facts := _finished(args, out, request, console)) is not None:
+        return facts
+    with lock.held(out, "wait until it is done, or name another --out"), storage.failures(out):
+        return _finished(args, out, request, console) or _prepare(args, files, request, out, console)
+
+
+def _finished(args: PrepareArgs, out: pathlib.Path, request: dict[str, Any], console: Console) -> dict[str, Any] | None:
+    """What an earlier call made, if it was asked for the same."""
+    facts = _earlier(out, DATASET, request)
+    if facts is not None:
         (out / JOURNAL).unlink(missing_ok=True)
         console.print(f"nothing to do: {_summary(args, facts)}")
-        return facts
+    return facts
+
+
+def _prepare(
+    args: PrepareArgs, files: list[File], request: dict[str, Any], out: pathlib.Path, console: Console
+) -> dict[str, Any]:
     journal = _earlier(out, JOURNAL, request)
     if journal is None:
-        if out.exists() and any(out.iterdir()):
+        if any(path.name != lock.LOCK for path in out.iterdir()):
             raise PrepareError(f"the folder is not empty (--out, {args.out}): name another, or empty it")
-        out.mkdir(parents=True, exist_ok=True)
         journal = {"request": request, "pieces": 0, "tokens": 0, "documents": 0}
         _write_json(out / JOURNAL, journal)
     with _progress(console) as progress:
         if not (out / TOKENIZER).exists():
             _make_tokenizer(args, files, progress).save(out / "tokenizer.tmp")
-            os.replace(out / "tokenizer.tmp", out / TOKENIZER)
+            storage.replace(out / "tokenizer.tmp", out / TOKENIZER)
         facts = _tokenise(args, files, out, journal, progress)
     (out / JOURNAL).unlink()
     console.print(f"done: {_summary(args, facts)}")
@@ -271,10 +286,4 @@ def _summary(args: PrepareArgs, facts: dict[str, Any]) -> str:
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """The old content or the new one, whatever happens in between."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    storage.write(path, json.dumps(content, indent=1))

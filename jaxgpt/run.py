@@ -1,17 +1,22 @@
 """A run directory: opened to train in, or loaded to use what was trained."""
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import os
 import pathlib
 import tempfile
+import warnings
+from typing import Any
 
 import jax
 from etils import epath
 from flax import nnx
 
 from jaxgpt import config as configs
-from jaxgpt import distributed
+from jaxgpt import distributed, storage
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxgpt.config import Config
 from jaxgpt.model import GPT
 from jaxgpt.tokenizer import Tokenizer
@@ -64,7 +69,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
         step: which checkpoint; the one with the lowest validation loss by default.
 
     Raises:
-        CheckpointError: the directory is not a run's, or there is no such checkpoint.
+        CheckpointError: the directory is not a run's, or there is no such checkpoint, or it is damaged.
     """
     folder = files_of(run_dir)
     if not (folder / CONFIG).is_file():
@@ -72,17 +77,18 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     config, tokenizer = _read(folder)
     checkpoints = Checkpoints(f"{run_dir}/{CHECKPOINTS}")
     if step is None:
-        step = checkpoints.best()
+        step = checkpoints.best_undamaged()
     if step is None:
         raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
+    facts = checkpoints.manifest(step)
+    _check_files(folder, config, facts)
     abstract = nnx.eval_shape(lambda: GPT(config.model, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), nnx.to_pure_dict(state))
     params = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
-    model, sha256 = nnx.merge(graphdef, params), checkpoints.manifest(step)["corpus_sha256"]
-    return Run(folder, config, tokenizer, model, step, sha256)
+    return Run(folder, config, tokenizer, nnx.merge(graphdef, params), step, facts["corpus_sha256"])
 
 
 def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
@@ -93,40 +99,119 @@ def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
         raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
 
 
-def open_to_train(
-    config: Config, tokenizer: Tokenizer, corpus_sha256: str
-) -> tuple[pathlib.Path, Checkpoints, int | None]:
-    """Make the run directory, or check that it is this run's.
+def _check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
+    """The small files must be those of the checkpoint: another alphabet or activation would be wrong without a word.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    now = configs.flat(config)
+    wrong = configs.differences(facts.get("config", now), now)
+    found = _sha256(folder / TOKENIZER)
+    if found != facts.get("tokenizer_sha256", found):
+        wrong.append(f"{TOKENIZER} (sha256 was {facts['tokenizer_sha256']}, now {found})")
+    if wrong:
+        raise CheckpointError(
+            f"the run directory was changed since checkpoint {facts['step']} ({folder}; {', '.join(wrong)}): "
+            "restore the file, or train again"
+        )
+
+
+def _sha256(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def facts_of(config: Config, folder: pathlib.Path, corpus_sha256: str) -> dict[str, Any]:
+    """What a manifest says of the run that a checkpoint belongs to; `folder` has its small files."""
+    return {
+        "corpus_sha256": corpus_sha256,
+        "tokenizer_sha256": _sha256(folder / TOKENIZER),
+        "config": configs.flat(config),
+        "circumstances": circumstances(),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """What decides the last bits of a run besides its configuration, corpus and mesh."""
+    threads = os.environ.get("NPROC")  # as XLA counts those of a CPU
+    if threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    names = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"device": ", ".join(kinds), "threads": int(threads), "versions": versions}
+
+
+def find_step(config: Config, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
+    """Check that the run directory is this run's; all that is written there are names of damaged checkpoints.
 
     Returns:
-        The folder of its small files, its checkpoints, and the step to continue from (None: a new run).
+        Its checkpoints, and the step to continue from (None: a new run).
 
     Raises:
         OtherRunError: the directory holds a run of another configuration or corpus, or `run.resume` is never.
-        CheckpointError: `run.resume` is must, and there is nothing to continue.
+        CheckpointError: `run.resume` is must and there is nothing to continue, or there is and it is all damaged.
     """
-    folder = files_of(config.run.dir)
     checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
-    latest = max(checkpoints.steps(), default=None)
-    if latest is None and config.run.resume == "must":
-        raise CheckpointError(
-            f"nothing to resume ({config.run.dir}): drop --run.resume must, or name another --run.dir"
-        )
-    if (folder / CONFIG).is_file():
-        if config.run.resume == "never":
-            raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
-        different = configs.differences(_read(folder)[0], config)
-        if latest is not None and checkpoints.manifest(latest)["corpus_sha256"] != corpus_sha256:
-            different.append("the text itself")
-        if different:
-            raise OtherRunError(
-                f"the run directory is another run's ({config.run.dir}; {', '.join(different)}): "
-                "name another --run.dir, or repeat that run's settings"
+    return checkpoints, distributed.from_first(lambda: _find_step(config, corpus_sha256, checkpoints))
+
+
+def _find_step(config: Config, corpus_sha256: str, checkpoints: Checkpoints) -> int | None:
+    folder, now = files_of(config.run.dir), configs.flat(config)
+    began = (folder / CONFIG).is_file()
+    if began and config.run.resume == "never":
+        raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
+    if began:
+        _refuse(config, configs.differences(configs.flat(_read(folder)[0]), now))
+    found = checkpoints.newest(config.run.checkpoint_interval)
+    if found is None:
+        if config.run.resume == "must":
+            raise CheckpointError(
+                f"nothing to resume ({config.run.dir}): drop --run.resume must, or name another --run.dir"
             )
-    distributed.meet("the run directory is checked")
+        return None
+    facts = checkpoints.manifest(found)
+    before, text = facts.get("config", now), "the text itself, sha256"
+    _refuse(
+        config,
+        configs.differences({**before, text: facts["corpus_sha256"]}, {**now, text: corpus_sha256}),
+    )
+    if began:
+        _check_files(folder, config, facts)
+    was, here = (_flat(each) for each in (facts.get("circumstances", {}), circumstances()))
+    if other := [
+        f"{name} was {was[name]}, now {here[name]}" for name in here if was.get(name, here[name]) != here[name]
+    ]:
+        warnings.warn(
+            f"the last bits may differ from those of a run that was never stopped ({'; '.join(other)}): "
+            "continue where it began if that matters",
+            CheckpointWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _refuse(config: Config, different: list[str]) -> None:
+    if different:
+        raise OtherRunError(
+            f"the run directory is another run's ({config.run.dir}; {', '.join(different)}): "
+            "name another --run.dir, or repeat that run's settings"
+        )
+
+
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    versions = facts.get("versions", {})
+    return {name: value for name, value in facts.items() if name != "versions"} | versions
+
+
+def begin(config: Config, tokenizer: Tokenizer, resumed: int | None) -> pathlib.Path:
+    """Write the small files; returns their folder. A run that goes on keeps its tokenizer.json, byte for byte."""
+    folder = files_of(config.run.dir)
     if distributed.is_first():
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder / TOKENIZER)
-        (folder / CONFIG).write_text(configs.dump(config), encoding="utf-8")
+        if resumed is None or not (folder / TOKENIZER).exists():
+            tokenizer.save(folder / (TOKENIZER + ".tmp"))
+            storage.replace(folder / (TOKENIZER + ".tmp"), folder / TOKENIZER)
+        storage.write(folder / CONFIG, configs.dump(config))
         publish(config.run.dir, folder)
-    return folder, checkpoints, latest
+    return folder

@@ -15,11 +15,11 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import chips, cores, distributed, metrics, report, sampling, sharding
+from jaxgpt import chips, cores, distributed, lock, metrics, report, sampling, sharding, storage
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
-from jaxgpt.run import Run, open_to_train, publish
+from jaxgpt.run import Run, begin, facts_of, find_step, publish
 from jaxgpt.source import Source, describe, open_source
 from jaxgpt.step import (
     INIT,
@@ -201,11 +201,17 @@ def train(config: Config) -> Run:
         ValueError: data, configuration or run directory do not fit; the subclasses say which.
         NonFiniteError: the loss or the gradient was not finite; the last checkpoint is from before.
         Stopped: a signal came; the run is saved and continues when train is called again.
+        BusyError: another process trains in the run directory.
+        StorageError: the run directory has no room or cannot be written.
     """
     started = time.perf_counter()
     distributed.join(config.distributed)
     mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
-    with jax.set_mesh(mesh):
+    with contextlib.ExitStack() as stack:
+        writer = lock.held(config.run.dir, "wait until it is done, or name another --run.dir")
+        distributed.from_first(lambda: stack.enter_context(writer))
+        stack.enter_context(storage.failures(config.run.dir))
+        stack.enter_context(jax.set_mesh(mesh))
         return _train(config, mesh, started)
 
 
@@ -213,12 +219,15 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     source = open_source(config.data)
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    checkpoints, resumed = find_step(config, source.sha256)
     source.split(mesh, config.model.block_size)
-    folder, checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
     new, init_key = partial(new_state, config.model, recipe.tx), stream_key(config.seed, INIT)
     like = jax.eval_shape(new, init_key)
     shardings = sharding.shardings(mesh, like)
+    left = config.train.steps - (resumed or 0)
+    distributed.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
+    folder = begin(config, source.tokenizer, resumed)
     if resumed is None:
         state = jax.jit(new, out_shardings=shardings)(init_key)
     else:
@@ -239,7 +248,9 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
             for sink in sinks:
                 sink(record)
 
-        facts, key = {"corpus_sha256": source.sha256, "mesh": dict(mesh.shape)}, jax.random.key(config.seed)
+        key, facts = jax.random.key(config.seed), {"mesh": dict(mesh.shape)}
+        if distributed.is_first():
+            facts |= facts_of(config, folder, source.sha256)
         start, peak = start_record(config, mesh, source, state), chips.Peak(list(mesh.devices.flat))
         job = Job(
             config, recipe, source, folder, checkpoints, emit, facts, key, start["flops_per_token"], peak, started
@@ -249,6 +260,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
         with stop_requests() as stop_request:
             state = run_steps(job, state, stop_request)
         loss = evaluate(cast(state.params, recipe), source.pieces("val"), chunks=recipe.loss_chunks)
+        checkpoints.wait()  # "done" is said of what is safe
         spent, last = time.perf_counter() - started, config.train.steps
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip

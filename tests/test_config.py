@@ -123,8 +123,15 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
 
 
 def test_only_fields_that_decide_the_numbers_count_as_different():
-    ours = load_config([])
+    ours = configs.flat(load_config([]))
     same = load_config(["--run.dir", "else", "--train.steps", "9", "--train.log_interval", "3", "--run.keep", "5"])
-    assert configs.differences(ours, same) == []
-    other = load_config(["--model.n_layer", "2", "--seed", "1"])
+    assert configs.differences(ours, configs.flat(same)) == []
+    other = configs.flat(load_config(["--model.n_layer", "2", "--seed", "1"]))
     assert configs.differences(ours, other) == ["seed (was 1337, now 1)", "model.n_layer (was 4, now 2)"]
+
+
+def test_a_field_that_came_later_had_its_default_before():
+    now = configs.flat(load_config([]))
+    before = {name: value for name, value in now.items() if name != "model.n_layer"}
+    assert configs.differences(before, now) == []
+    assert configs.differences(before, {**now, "model.n_layer": 9}) == ["model.n_layer (was 4, now 9)"]

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, distributed
+from jaxgpt import checkpoint, distributed, lock
 from jaxgpt.distributed import DistributedConfig
 from jaxgpt.prepare import PrepareArgs, prepare
 
@@ -79,6 +79,19 @@ def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp
     assert records["one"] == records["two"]
     params = [nnx.to_pure_dict(nnx.state(jaxgpt.load(tmp_path / name, 40).model)) for name in ("one", "two")]
     chex.assert_trees_all_equal(*params)
+
+
+def test_what_the_first_process_finds_out_about_the_run_directory_all_know(tiny_config, tmp_path):
+    with lock.held(tmp_path / "run", ""):
+        codes, outputs = finish(start(tiny_config, processes=2), 60)
+    assert codes == [6, 6] and all(f"pid {os.getpid()} on" in output for output in outputs), outputs
+    codes, outputs = finish(start(tiny_config, processes=2), 120)
+    assert codes == [0, 0], outputs
+    (tmp_path / "run" / "checkpoints" / "40" / "state" / "_METADATA").write_bytes(b"")
+    codes, outputs = finish(start(tiny_config, processes=2), 120)
+    assert codes == [0, 0], outputs
+    assert "continued at step 30" in outputs[0] and "checkpoint 40 is damaged" not in outputs[1]
+    assert "set aside as 40.corrupt" in outputs[0] and checkpoints_of(tmp_path / "run")[-1] == 40
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -1,0 +1,75 @@
+"""What a command says when it ends early: one line, and an exit code."""
+
+import logging
+import os
+import signal
+import sys
+import warnings
+
+import jax
+
+from jaxgpt import corpus, data, distributed, download, storage
+from jaxgpt.checkpoint import CheckpointError, CheckpointWarning
+from jaxgpt.config import ConfigError
+from jaxgpt.distributed import PeerLostError
+from jaxgpt.lock import BusyError, LockWarning
+from jaxgpt.processes import ProcessError
+from jaxgpt.run import OtherRunError
+from jaxgpt.stopping import Stopped
+from jaxgpt.tokenizer import UnknownCharacterError
+from jaxgpt.training import NonFiniteError
+
+AGAIN = "run the same command again on all of them; the last checkpoint is intact"
+
+
+def say_in_one_line(debug: bool) -> None:
+    """Our warnings become one line on stderr each; what libraries log of errors that they raise, too, is left out."""
+    formatted = warnings.formatwarning
+
+    def ours(message, category, *where):
+        named = issubclass(category, CheckpointWarning | LockWarning)
+        return f"jaxgpt: warning: {message}\n" if named else formatted(message, category, *where)
+
+    warnings.formatwarning = ours
+    if not debug:
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        sys.excepthook = lambda *_: None  # ours never get there; tensorstore's threads print what orbax raises
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit code and the message of an error."""
+    text = str(error) or type(error).__name__
+    match error:
+        case _ if distributed.lost_peer(error):
+            return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
+        case Stopped():
+            return (130 if error.signal_number == signal.SIGINT else 75), text
+        case KeyboardInterrupt():
+            return 130, "stopped by Ctrl-C"
+        case corpus.CorpusError() | download.DownloadError() | data.DataError():
+            return 3, text
+        case CheckpointError():
+            return 4, text
+        case NonFiniteError():
+            return 5, text
+        case OtherRunError() | BusyError():
+            return 6, text
+        case PeerLostError():
+            return 8, text
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
+            return 0, ""
+        case storage.StorageError():
+            return 7, text
+        case OSError() if error.errno in storage.ERRNOS:
+            return 7, storage.cannot_write(error.filename, error.errno)
+        case jax.errors.JaxRuntimeError() if "RESOURCE_EXHAUSTED" in text:
+            return (
+                9,
+                f"out of memory ({text.splitlines()[0]}): halve --data.batch_size, double --optim.grad_accumulation",
+            )
+        case ProcessError():  # nearly always the kernel, when memory ran out
+            return 9, text
+        case ConfigError() | UnknownCharacterError() | ValueError():
+            return 2, text
+    return 1, f"{type(error).__name__}: {text}"
