@@ -33,7 +33,8 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
-    corpus_sha256: str
+    corpus_sha256: str | None
+    """Of the text that it learned from; None where weights were imported and nothing was learned here."""
 
 
 def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
@@ -69,7 +70,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     folder = files_of(run_dir)
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"not a run directory ({run_dir}, no {CONFIG}): name one that `jaxgpt train` made")
-    config, tokenizer = _read(folder)
+    config, tokenizer = read_files(folder)
     checkpoints = Checkpoints(f"{run_dir}/{CHECKPOINTS}")
     if step is None:
         step = checkpoints.best()
@@ -85,7 +86,12 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     return Run(folder, config, tokenizer, model, step, sha256)
 
 
-def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
+def read_files(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
+    """The configuration and the tokenizer of a run directory.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     try:
         config = configs.load_config(["--config", str(run_dir / CONFIG)])
         return config, tokenizers.load(run_dir / TOKENIZER)
@@ -115,8 +121,13 @@ def open_to_train(
     if (folder / CONFIG).is_file():
         if config.run.resume == "never":
             raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
-        different = configs.differences(_read(folder)[0], config)
-        if latest is not None and checkpoints.manifest(latest)["corpus_sha256"] != corpus_sha256:
+        was, its_tokenizer = read_files(folder)
+        different = configs.differences(was, config)
+        learned_from = corpus_sha256 if latest is None else checkpoints.manifest(latest)["corpus_sha256"]
+        if learned_from is None:  # imported weights, that learned nothing here yet: only the model is decided
+            different = [field for field in different if field.startswith("model.")]
+            different += [] if tokenizers.same(its_tokenizer, tokenizer) else ["the tokenizer"]
+        elif learned_from != corpus_sha256:
             different.append("the text itself")
         if different:
             raise OtherRunError(

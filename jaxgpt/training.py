@@ -15,9 +15,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import distributed, metrics, report, sampling, sharding
+from jaxgpt import distributed, init_from, metrics, patience, report, sampling, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import Config
+from jaxgpt.patience import Patience
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
 from jaxgpt.run import Run, open_to_train, publish
 from jaxgpt.source import Source, describe, open_source
@@ -115,11 +116,11 @@ class Job:
         out = sampling.generate(cast(state.params, self.recipe), tokenizer.start[None], key, length)
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
-    def save(self, state: TrainState, step: int, val_loss: float | None) -> None:
+    def save(self, state: TrainState, step: int, val_loss: float | None, watch: Patience) -> None:
         """Checkpoint; the small files go with it."""
         if distributed.is_first():
             publish(self.config.run.dir, self.folder)
-        self.checkpoints.save(step, vars(state), {"val_loss": val_loss, **self.facts})
+        self.checkpoints.save(step, vars(state), {"val_loss": val_loss, "patience": watch._asdict(), **self.facts})
 
 
 def boundary(config: Config, step: int) -> int:
@@ -142,7 +143,7 @@ def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
 
 
 def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
-    """Train to the last step, or to the next call after a signal is asked for; all that was done is saved.
+    """Train to the last step, until patience is spent, or to the next call after a signal; all that was done is saved.
 
     Raises:
         Stopped: there was a signal.
@@ -150,8 +151,14 @@ def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None
     config, every = job.config.train, job.config.run.checkpoint_interval
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
     step, ended, waiting, compiled = int(state.step), 0.0, [], {}
+    watch = patience.from_manifest(job.checkpoints.manifest(step)) if step else Patience()
+    if watch.spent(config.patience):
+        return state
     if step == 0:
-        job.look(state, step)
+        loss = job.look(state, step)
+        watch = watch.after(step, loss)
+        if config.patience:  # what comes may be no better than what it starts from
+            job.save(state, step, loss, watch)
     cut = calls(job.config, step)
     with contextlib.closing(job.source.feed(calls(job.config, step), job.config.seed, job.rows)) as feed:
         for (first, n), tokens in zip(cut, feed):
@@ -169,14 +176,22 @@ def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None
                 continue
             while waiting:
                 ended = job.log(*waiting.pop(0), ended)
-            val_loss = None
+            val_loss, best = None, False
             if step % config.eval_interval == 0 or step == config.steps:
                 val_loss = job.look(state, step)
                 asked = stop_request() if asked is None else asked
-            if step % every == 0 or step == config.steps or asked is not None:
-                job.save(state, step, val_loss)
-            if asked is not None and step < config.steps:
+            if step % config.eval_interval == 0:  # not at an odd last step: a run with more steps would not look there
+                watch = watch.after(step, val_loss)
+                best = config.patience and watch.best_step == step
+            done = step == config.steps or watch.spent(config.patience)
+            if step % every == 0 or done or best or asked is not None:
+                job.save(state, step, val_loss, watch)
+            if done:
+                break
+            if asked is not None:
                 raise Stopped(asked, step)
+    if watch.spent(config.patience):
+        job.emit({"kind": "early_stop", "step": step, **watch._asdict()})
     return state
 
 
@@ -203,12 +218,15 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
     source.split(mesh, config.model.block_size)
+    theirs = init_from.check(config, source.tokenizer)
     folder, checkpoints, resumed = open_to_train(config, source.tokenizer, source.sha256)
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
     new = partial(new_state, config.model, recipe.tx, stream_key(config.seed, INIT))
     like = jax.eval_shape(new)
     shardings = sharding.shardings(mesh, like)
-    if resumed is None:
+    if resumed is None and theirs is not None:
+        state = init_from.initial_state(config, theirs, recipe.tx, like, shardings)
+    elif resumed is None:
         state = jax.jit(new, out_shardings=shardings)()
     else:
         like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), like, shardings)
@@ -235,11 +253,11 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
         with stop_requests() as stop_request:
             state = run_steps(job, state, stop_request)
         loss = evaluate(cast(state.params, recipe), source.pieces("val"), chunks=recipe.loss_chunks)
-        spent, last = time.perf_counter() - started, config.train.steps
+        spent, last = time.perf_counter() - started, int(state.step)
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
     model = nnx.merge(recipe.graphdef, state.params)
-    return Run(folder, config, source.tokenizer, model, config.train.steps, source.sha256)
+    return Run(folder, config, source.tokenizer, model, last, source.sha256)
 
 
 def start_record(config: Config, mesh: jax.sharding.Mesh, source: Source, state: TrainState) -> metrics.Record:
@@ -261,5 +279,6 @@ def start_record(config: Config, mesh: jax.sharding.Mesh, source: Source, state:
         "dtype": config.train.dtype,
         **describe(source),
         "run_dir": config.run.dir,
+        "init_from": config.run.init_from or None,
         "versions": {library.__name__: library.__version__ for library in (jax, flax, optax)},
     }
