@@ -22,6 +22,7 @@ from jaxgpt.tokenizer import BPETokenizer, CharTokenizer
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 import foreign  # noqa: E402  needs both
+from random_run import make_run  # noqa: E402
 from test_sharding import MESHES  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -158,24 +159,17 @@ def bpe(text):
     return BPETokenizer.train([text], 300)
 
 
-def trained(tokenizer, folder, tiny_config, *flags):
-    """A short run with the tokenizer, of a context of 256 tokens."""
-    tokenizer.save(folder / "tokenizer.json")
-    wide = ["--model.block_size", "256", "--data.batch_size", "2", "--train.steps", "5", "--model.dropout", "0"]
-    argv = [*tiny_config, "--data.tokenizer", str(folder / "tokenizer.json"), *wide, "--model.init", "torch", *flags]
-    return jaxgpt.train(jaxgpt.load_config(argv))
+NANO = {"lm_head": "tied", "bias": "none", "activation": "gelu"}
+GPT2 = {"lm_head": "tied", "bias": "all", "activation": "gelu_tanh"}
+LECTURE = {"lm_head": "tied", "bias": "no_qkv", "activation": "relu"}
 
 
-NANO = ["--model.lm_head", "tied", "--model.bias", "none", "--model.activation", "gelu"]
-GPT2 = ["--model.lm_head", "tied", "--model.bias", "all", "--model.activation", "gelu_tanh"]
-LECTURE = ["--model.lm_head", "tied", "--model.bias", "no_qkv", "--model.activation", "relu"]
-
-
-@pytest.mark.parametrize("flags", [NANO, GPT2, LECTURE], ids=["nanogpt", "gpt2", "lecture"])
-@pytest.mark.parametrize("kind", ["char", "bpe", "gpt2"])
-def test_transformers_loads_what_is_exported_and_writes_the_same_text(kind, flags, text, tmp_path, tiny_config):
+@pytest.mark.parametrize(
+    "kind, form", [("char", NANO), ("char", GPT2), ("char", LECTURE), ("bpe", NANO), ("bpe", GPT2), ("gpt2", GPT2)]
+)
+def test_transformers_loads_what_is_exported_and_writes_the_same_text(kind, form, text, tmp_path):
     make = {"char": CharTokenizer.from_text, "bpe": bpe, "gpt2": lambda _: tokenizers.gpt2()}[kind]
-    run = trained(make(text), tmp_path, tiny_config, *flags)
+    make_run(tmp_path / "run", make(text), **form, block_size=256)
     assert cli.main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "hf"), "--format", "hf"]) == 0
 
     load = transformers.GPT2LMHeadModel.from_pretrained
@@ -187,9 +181,10 @@ def test_transformers_loads_what_is_exported_and_writes_the_same_text(kind, flag
         run.model(prompt), theirs(model.eval(), prompt), rtol=0, atol=1e-4 * max(1, np.abs(run.model(prompt)).max())
     )
     ours = jaxgpt.generate(run.model, prompt, jax.random.key(0), 200, temperature=0)
+    given = torch.tensor(prompt).long()
+    always = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None}
     with torch.no_grad():
-        out = model.generate(torch.tensor(prompt).long(), max_new_tokens=200, do_sample=False, eos_token_id=None,
-                             pad_token_id=0)  # fmt: skip
+        out = model.generate(given, attention_mask=torch.ones_like(given), **always)
     assert out.shape[1] == prompt.shape[1] + 200
     assert np.asarray(ours)[0].tolist() == out[0].tolist()
 
@@ -200,9 +195,9 @@ def test_transformers_loads_what_is_exported_and_writes_the_same_text(kind, flag
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_what_is_exported_can_be_imported_again(kind, text, tmp_path, tiny_config):
+def test_what_is_exported_can_be_imported_again(kind, text, tmp_path):
     make = {"char": CharTokenizer.from_text, "bpe": bpe}[kind]
-    trained(make(text), tmp_path, tiny_config, *NANO)
+    make_run(tmp_path / "run", make(text), **NANO)
     assert cli.main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "hf")]) == 0
     again, run = imported(tmp_path / "hf", tmp_path / "again"), jaxgpt.load(tmp_path / "run")
     assert tokenizers.same(again.tokenizer, run.tokenizer)
