@@ -180,7 +180,7 @@ def test_an_imported_run_is_sampled_evaluated_and_trained_on(gpt2_run, text_file
     assert cli.main(["eval", "--run", str(gpt2_run)]) == 0  # the text is its own now
     after = json.loads(capsys.readouterr().out)
     assert (before["step"], after["step"]) == (0, 30)
-    assert after["nats_per_token"] < before["nats_per_token"] - 0.3
+    assert after["nats_per_token"] < before["nats_per_token"] - 0.1
 
 
 def test_another_tokenizer_of_as_many_ids_does_not_train_imported_weights(gpt2_run, text_file, tmp_path, capsys):
