@@ -15,10 +15,11 @@ from turns import serve, until
 
 from jaxgpt import chips, cores, distributed, generate, load_config, metrics, sharding
 from jaxgpt.cli import keep_compiled
+from jaxgpt.loop import Job
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
 from jaxgpt.source import open_source
 from jaxgpt.step import INIT, cast, init_model, new_state, stream_key
-from jaxgpt.training import Job, start_record
+from jaxgpt.training import start_record
 
 
 def prepare(config, mesh):

@@ -37,6 +37,8 @@ class RunConfig:
     """Run directory, also on an object store (gs://...); the default is runs/<name of the config file>."""
     resume: Literal["auto", "never", "must"] = "auto"
     """Continue the run in the directory if there is one, refuse to, or insist on it."""
+    init_from: str = ""
+    """Run directory to start a new run from: its best weights, its model and its tokenizer, but step 0."""
     checkpoint_interval: int = 250
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2

@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import math
 import pathlib
 import sys
 import traceback
@@ -13,7 +12,19 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import data, distributed, doctor, download, ladder, plan, prepare, sampling, source, training
+from jaxgpt import (
+    distributed,
+    doctor,
+    download,
+    evaluation,
+    export,
+    importing,
+    ladder,
+    plan,
+    prepare,
+    sampling,
+    training,
+)
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.errors import describe, say_in_one_line
 from jaxgpt.run import load
@@ -23,6 +34,8 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   train    train a recipe, or continue the run:  jaxgpt train --config configs/shakespeare_cpu.yaml
   sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
   eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
+  import   GPT-2's weights into a run directory:  jaxgpt import --from gpt2 --run runs/gpt2
+  export   a run for transformers, or StableHLO:  jaxgpt export --run runs/shakespeare_cpu --to exported
   prepare  a corpus into a folder of tokens:      jaxgpt prepare --input texts/ --out data/texts
   plan     memory, time and batch before a run:   jaxgpt plan --config configs/gpt2_124m.yaml --target v5e:2x4
   ladder   train the small rungs of the lecture:  jaxgpt ladder
@@ -59,16 +72,6 @@ class SampleArgs:
     """Another seed, another text."""
     stream: bool = False
     """Show the text while it is written; for one sample."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalArgs:
-    """The mean loss of a run over a whole split, as one JSON line on stdout."""
-
-    run: str
-    """Run directory."""
-    split: str = "val"
-    """train or val."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -139,28 +142,23 @@ def sample(argv: Sequence[str]) -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """`jaxgpt eval`."""
-    args: EvalArgs = _parse(EvalArgs, argv, "jaxgpt eval")
-    if args.split not in data.Splits._fields:
-        raise ConfigError(f"no such split (--split, {args.split}): use train or val")
-    run = load(args.run)
-    learned = source.open_source(run.config.data)
-    if learned.sha256 != run.corpus_sha256:
-        raise data.DataError(
-            f"not the text that the run learned from ({learned.name}, sha256 {learned.sha256}, learned from was "
-            f"{run.corpus_sha256}): restore the file"
-        )
-    learned.split(None, run.config.model.block_size)
-    loss = training.evaluate(run.model, learned.pieces(args.split))
-    lengths, targets = run.tokenizer.byte_lengths, [np.asarray(piece)[1:] for piece in learned.pieces(args.split)]
-    tokens, size = sum(map(len, targets)), sum(int(lengths[piece].sum()) for piece in targets)
-    result = {
-        "split": args.split,
-        "step": run.step,
-        "tokens": tokens,
-        "nats_per_token": loss,
-        "bits_per_byte": loss * tokens / math.log(2) / size,
-    }
-    print(json.dumps(result))
+    print(json.dumps(evaluation.evaluate(_parse(evaluation.EvalArgs, argv, "jaxgpt eval"))))
+
+
+def import_weights(argv: Sequence[str]) -> None:
+    """`jaxgpt import`."""
+    args: importing.ImportArgs = _parse(importing.ImportArgs, argv, "jaxgpt import")
+    made = importing.import_run(args)
+    sizes = f"{made.model.n_layer} layers, {made.model.n_embd} channels, {made.model.block_size:,} positions"
+    left_out = f", {made.padding} rows of padding left out" if made.padding else ""
+    print(f"model    {made.parameters:,} parameters: {sizes}, {made.model.vocab_size:,} ids{left_out}")
+    print(f"run      {args.run}, step 0\nmore     jaxgpt sample --run {args.run}")
+
+
+def export_run(argv: Sequence[str]) -> None:
+    """`jaxgpt export`."""
+    args: export.ExportArgs = _parse(export.ExportArgs, argv, "jaxgpt export")
+    print(f"files    {args.to}: {', '.join(export.export(args))}")
 
 
 def prepare_tokens(argv: Sequence[str]) -> None:
@@ -194,6 +192,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "sample": sample,
     "eval": evaluate,
+    "import": import_weights,
+    "export": export_run,
     "prepare": prepare_tokens,
     "plan": plan_run,
     "ladder": climb_ladder,

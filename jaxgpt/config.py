@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import tyro
 import yaml
+from etils import epath
 
-from jaxgpt.checkpoint import RunConfig
+from jaxgpt.checkpoint import CheckpointError, RunConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.distributed import DistributedConfig
 from jaxgpt.model import GPTConfig
@@ -47,11 +48,15 @@ class TrainConfig:
     """Pieces of the windows in which head and loss are computed, a divisor of block_size; more = less memory."""
     profile: str | None = None
     """Folder for a trace of the second to fourth call of steps_per_call steps, which xprof opens."""
+    patience: int = 0
+    """Evaluations in a row without a lower validation loss after which training stops; 0 = never. The best is saved."""
 
     def __post_init__(self):
         for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
+        if self.patience < 0:
+            raise ValueError(f"patience is {self.patience}: use 0 (never stop early) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,8 @@ def fields(cls: type) -> dict[str, type]:
     found = {}
     for field in dataclasses.fields(cls):
         inner = fields(field.type) if dataclasses.is_dataclass(field.type) else {"": field.type}
-        found |= {f"{field.name}.{name}".rstrip("."): kind for name, kind in inner.items()}
+        outer = field.name.rstrip("_")  # where a flag is a word of Python, such as --from
+        found |= {f"{outer}.{name}".rstrip("."): kind for name, kind in inner.items()}
     return found
 
 
@@ -88,16 +94,41 @@ def load_config(argv: Sequence[str], cls: type = Config, prog: str = "jaxgpt tra
 
     Raises:
         ConfigError: an unknown name, a value of the wrong type or out of range, a file that cannot be read.
+        CheckpointError: `run.init_from` names no run directory.
         SystemExit: after `--help`.
     """
     flags = split_flags(argv, cls)
     path = flags.pop("config", None)
     from_file = read_file(pathlib.Path(path)) if path else {}
-    config = parse(cls, {**from_file, **flags}, prog, f"{path} and command line" if path else "command line")
+    values = {**from_file, **flags}
+    if start := values.get("run.init_from"):
+        values = {**inherited(start, values), **values}
+    config = parse(cls, values, prog, f"{path} and command line" if path else "command line")
     if not config.run.dir:
         name = pathlib.Path(path).stem if path else "default"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
     return config
+
+
+def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
+    """What a run that starts from another one's weights takes over: the model section and the tokenizer.
+
+    Args:
+        run_dir: the run with the weights.
+        values: the names that are decided already. A run's own config.yaml decides all, so the other run is not needed
+            to load it.
+    """
+    taken = {name for name in fields(Config) if name.startswith("model.")} | {"data.tokenizer"}
+    if taken <= set(values):
+        return {}
+    file = epath.Path(run_dir) / "config.yaml"
+    if not file.exists():
+        raise CheckpointError(
+            f"no run to start from (--run.init_from, {run_dir}): make it with "
+            f"`jaxgpt import --from gpt2 --run {run_dir}`, or name another run directory"
+        )
+    model = {name: value for name, value in read_file(file).items() if name.startswith("model.")}
+    return model | {"data.tokenizer": str(file.with_name("tokenizer.json"))}
 
 
 def parse_flags(cls: type, argv: Sequence[str], prog: str) -> Any:
@@ -224,7 +255,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: what `flat` gives.
     """
     free = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
-    free |= {"train.steps", "train.eval", "train.log", "train.profile"}
+    free |= {"train.steps", "train.eval", "train.log", "train.profile", "train.patience"}
     before = {**flat(Config()), **before}
     return [
         f"{name} (was {before[name]}, now {value})"

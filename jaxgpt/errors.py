@@ -13,11 +13,11 @@ from jaxgpt.checkpoint import CheckpointError, CheckpointWarning
 from jaxgpt.config import ConfigError
 from jaxgpt.distributed import PeerLostError
 from jaxgpt.lock import BusyError, LockWarning
+from jaxgpt.loop import NonFiniteError
 from jaxgpt.processes import ProcessError
 from jaxgpt.run import OtherRunError
 from jaxgpt.stopping import Stopped
 from jaxgpt.tokenizer import UnknownCharacterError
-from jaxgpt.training import NonFiniteError
 
 AGAIN = "run the same command again on all of them; the last checkpoint is intact"
 

@@ -85,6 +85,7 @@ class Console:
             f"corpus   {r['corpus']}: {corpus}\n"
             f"step     {rows} windows x {window} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
+            + (f", from the weights of {r['init_from']}" if r["init_from"] and not r["step"] else "")
             + "\ncompile  ... (seconds to a minute the first time)"
         )  # fmt: skip
 
@@ -103,6 +104,12 @@ class Console:
             self._console.print(f"{self._at(r)}  {say}")
         else:
             self._show(r["step"], say)
+
+    def _early_stop(self, r: Record) -> None:
+        self._console.print(
+            f"stopped  no lower validation loss in {r['waited']} evaluations (--train.patience): "
+            f"step {r['best_step']:,} is kept, with {r['best_loss']:.4f}"
+        )
 
     def _final(self, r: Record) -> None:
         folder = r["run_dir"]

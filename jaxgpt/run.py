@@ -38,7 +38,8 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
-    corpus_sha256: str
+    corpus_sha256: str | None
+    """Of the text that it learned from; None where weights were imported and nothing was learned here."""
 
 
 def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
@@ -74,7 +75,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     folder = files_of(run_dir)
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"not a run directory ({run_dir}, no {CONFIG}): name one that `jaxgpt train` made")
-    config, tokenizer = _read(folder)
+    config, tokenizer = read_files(folder)
     checkpoints = Checkpoints(f"{run_dir}/{CHECKPOINTS}")
     if step is None:
         step = checkpoints.best_undamaged()
@@ -91,7 +92,12 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     return Run(folder, config, tokenizer, nnx.merge(graphdef, params), step, facts["corpus_sha256"])
 
 
-def _read(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
+def read_files(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
+    """The configuration and the tokenizer of a run directory.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
     try:
         config = configs.load_config(["--config", str(run_dir / CONFIG)])
         return config, tokenizers.load(run_dir / TOKENIZER)
@@ -142,7 +148,7 @@ def circumstances() -> dict[str, Any]:
     return {"device": ", ".join(kinds), "threads": int(threads), "versions": versions}
 
 
-def find_step(config: Config, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
+def find_step(config: Config, tokenizer: Tokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
     """Check that the run directory is this run's; all that is written there are names of damaged checkpoints.
 
     Returns:
@@ -153,16 +159,22 @@ def find_step(config: Config, corpus_sha256: str) -> tuple[Checkpoints, int | No
         CheckpointError: `run.resume` is must and there is nothing to continue, or there is and it is all damaged.
     """
     checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
-    return checkpoints, distributed.from_first(lambda: _find_step(config, corpus_sha256, checkpoints))
+    return checkpoints, distributed.from_first(lambda: _find_step(config, tokenizer, corpus_sha256, checkpoints))
 
 
-def _find_step(config: Config, corpus_sha256: str, checkpoints: Checkpoints) -> int | None:
+def _find_step(config: Config, tokenizer: Tokenizer, corpus_sha256: str, checkpoints: Checkpoints) -> int | None:
     folder, now = files_of(config.run.dir), configs.flat(config)
     began = (folder / CONFIG).is_file()
     if began and config.run.resume == "never":
         raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
+    imported = began and checkpoints.steps() == [0] and checkpoints.manifest(0)["corpus_sha256"] is None
     if began:
-        _refuse(config, configs.differences(configs.flat(_read(folder)[0]), now))
+        was, its_tokenizer = read_files(folder)
+        different = configs.differences(configs.flat(was), now)
+        if imported:  # weights that learned nothing here yet: only the model is decided
+            different = [field for field in different if field.startswith("model.")]
+            different += [] if tokenizers.same(its_tokenizer, tokenizer) else ["the tokenizer"]
+        _refuse(config, different)
     found = checkpoints.newest(config.run.checkpoint_interval)
     if found is None:
         if config.run.resume == "must":
@@ -172,10 +184,8 @@ def _find_step(config: Config, corpus_sha256: str, checkpoints: Checkpoints) -> 
         return None
     facts = checkpoints.manifest(found)
     before, text = facts.get("config", now), "the text itself, sha256"
-    _refuse(
-        config,
-        configs.differences({**before, text: facts["corpus_sha256"]}, {**now, text: corpus_sha256}),
-    )
+    learned_from = corpus_sha256 if imported else facts["corpus_sha256"]
+    _refuse(config, configs.differences({**before, text: learned_from}, {**now, text: corpus_sha256}))
     if began:
         _check_files(folder, config, facts)
     was, here = (_flat(each) for each in (facts.get("circumstances", {}), circumstances()))

@@ -17,6 +17,7 @@ from jaxgpt import corpus, data, sharding, token_folder
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataConfig
 from jaxgpt.step import ESTIMATE, TRAIN, VAL, stream_key
+from jaxgpt.tokenizer import Tokenizer
 
 EVALUATED = 1 << 20  # tokens of a folder's validation split on the devices at a time
 
@@ -24,10 +25,10 @@ EVALUATED = 1 << 20  # tokens of a folder's validation split on the devices at a
 class Text:
     """A named corpus or a text file."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None):
         text = corpus.load(config.name, config.path)
         self.name, self.sha256, self.train_fraction = text.name, text.sha256, config.train_fraction
-        self.tokenizer = tokenizers.for_text(config.tokenizer, text.text, text.alphabet)
+        self.tokenizer = tokenizer or tokenizers.for_text(config.tokenizer, text.text, text.alphabet)
         self.ids = self.tokenizer.encode(text.text)
         self.tokens = len(self.ids)
 
@@ -47,8 +48,8 @@ class Text:
         return data.batches(key, getattr(self.splits, split), batches, rows, self.block_size)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
-        """A whole split for `evaluate`."""
-        yield getattr(self.splits, split)
+        """A whole split for `evaluate`; `all` is both as one."""
+        yield self.ids if split == "all" else getattr(self.splits, split)
 
 
 class Folders:
@@ -78,9 +79,10 @@ class Folders:
         return self._batches(getattr(self.splits, split), seed, stream, 0, batches, rows)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
-        """A whole split for `evaluate`, piece by piece."""
+        """A whole split for `evaluate`, piece by piece; `all` is both as one."""
         size = max(EVALUATED // self.block_size, 1) * self.block_size
-        for piece in token_folder.consecutive(getattr(self.splits, split), size):
+        mixture = self.mixture if split == "all" else getattr(self.splits, split)
+        for piece in token_folder.consecutive(mixture, size):
             yield piece if self.mesh is None else sharding.place(self.mesh, piece)
 
     def _batches(self, mixture: token_folder.Mixture, seed: int, stream: int, first: int, n: int, rows: int):
@@ -98,15 +100,19 @@ class Folders:
 Source = Text | Folders
 
 
-def open_source(config: DataConfig) -> Source:
+def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:
     """What a configuration names: the folder or folders in `path`, otherwise a text.
+
+    Args:
+        config: as configured.
+        tokenizer: of a text, instead of the one that config names; prepared folders have their own.
 
     Raises:
         CorpusError, DataError, TokenizerError: it cannot be read.
     """
     prepared = config.path and (os.path.isdir(os.path.expanduser(config.path)) or "=" in config.path)
     remote = config.path and "://" in config.path
-    return Folders(config) if prepared or remote else Text(config)
+    return Folders(config) if prepared or remote else Text(config, tokenizer)
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -194,6 +194,14 @@ class BPETokenizer:
 Tokenizer = CharTokenizer | BPETokenizer
 
 
+def same(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two tokenizers give every text the same ids."""
+    if isinstance(a, CharTokenizer) or isinstance(b, CharTokenizer):
+        return getattr(a, "alphabet", None) == getattr(b, "alphabet", None)
+    models = [json.loads(tokenizer._tokenizer.to_str())["model"] for tokenizer in (a, b)]
+    return all(models[0][part] == models[1][part] for part in ("vocab", "merges"))
+
+
 def gpt2() -> BPETokenizer:
     """GPT-2's own tokenizer: 50,257 ids, as in every GPT-2 checkpoint.
 

@@ -8,7 +8,7 @@ import sys
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxgpt import checkpoint, cli, manifest, run, storage, training
+from jaxgpt import checkpoint, cli, loop, manifest, run, storage, training
 
 FOLDER = type(epath.Path("/"))
 
@@ -29,7 +29,7 @@ def remove_half(folder):
 POINTS = {
     "before the first small file": (run, "begin", die),
     "between config.yaml and its name": (storage, "replace", lambda file, path: str(path).endswith("yaml") and die()),
-    "in a step": (training.Job, "log", die),
+    "in a step": (loop.Job, "log", die),
     "before a save": (checkpoint.Checkpoints, "save", die),
     "while arrays are written": (ocp.AsyncCheckpointer, "save", None),
     "before the manifest": (manifest, "write", die),

@@ -58,17 +58,17 @@ def test_a_run_learns_from_a_folder_and_evaluates_the_whole_split(flags, tmp_pat
 
 
 def test_an_interrupted_run_on_a_folder_ends_in_the_bits_of_an_uninterrupted_one(flags, tmp_path, monkeypatch):
-    from jaxgpt import training
+    from jaxgpt import loop
 
     whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
-    config, look = jaxgpt.load_config(flags), training.Job.look
+    config, look = jaxgpt.load_config(flags), loop.Job.look
 
     def look_and_stop(job, state, at):
         if at == 20:
             raise Stopped(15, at)
         return look(job, state, at)
 
-    monkeypatch.setattr(training.Job, "look", look_and_stop)
+    monkeypatch.setattr(loop.Job, "look", look_and_stop)
     with pytest.raises(Stopped):
         jaxgpt.train(config)
     monkeypatch.undo()

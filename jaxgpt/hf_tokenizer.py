@@ -1,0 +1,61 @@
+"""A tokenizer as Hugging Face's two files: tokenizer.json, and tokenizer_config.json that tells how to load it."""
+
+import json
+import pathlib
+
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, TokenizerError
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def write(folder: pathlib.Path, tokenizer: Tokenizer, block_size: int) -> None:
+    """Write both files; an alphabet becomes BPE that merges nothing."""
+    if isinstance(tokenizer, CharTokenizer):
+        text = json.dumps(_characters(tokenizer.alphabet), ensure_ascii=False)
+        (folder / FILE).write_text(text, encoding="utf-8")
+    else:
+        tokenizer.save(folder / FILE)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "clean_up_tokenization_spaces": False,  # decoding gives the text, not a tidier one
+    }
+    if tokenizer.end_of_text is not None:
+        config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json: what `write` wrote, or GPT-2's form of byte-level BPE.
+
+    Raises:
+        TokenizerError: it is another tokenizer, or the library tokenizers is not installed.
+    """
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        model = stored.get("model", {})
+        vocabulary = sorted(model.get("vocab", {}), key=model["vocab"].get) if "vocab" in model else []
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise TokenizerError(f"not a tokenizer file ({path}, {error}): save the tokenizer again") from None
+    if vocabulary and stored == _characters("".join(vocabulary)):
+        return CharTokenizer("".join(vocabulary))
+    return tokenizers.load(path)
+
+
+def _characters(alphabet: str) -> dict:
+    """tokenizer.json of an alphabet."""
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": {character: i for i, character in enumerate(alphabet)},
+        "merges": [],
+    }
+    none = {"truncation": None, "padding": None, "normalizer": None, "pre_tokenizer": None, "post_processor": None}
+    return {"version": "1.0", **none, "added_tokens": [], "decoder": {"type": "Fuse"}, "model": model}
