@@ -6,7 +6,6 @@ Started by compare.py, which also says what to do: `python benchmarks/jax_side.p
 import itertools
 import os
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -17,24 +16,15 @@ from jaxgpt import chips, cores, distributed, generate, load_config, metrics, sh
 from jaxgpt.cli import keep_compiled
 from jaxgpt.loop import Job
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
-from jaxgpt.source import open_source
-from jaxgpt.step import INIT, cast, init_model, new_state, stream_key
-from jaxgpt.training import start_record
+from jaxgpt.step import cast, init_model
+from jaxgpt.training import first_state, set_up, start_record
 
 
 def prepare(config, mesh):
-    """Everything that is there before the first step: the job of a run without a directory, and the state.
-
-    This is the set-up of `training._train`, line by line, without run directory and checkpoints: keep it so.
-    """
-    source = open_source(config.data)
-    config = resolve(config, source.tokenizer.vocab_size)
-    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    """The job of a run without a directory, and its first state."""
+    config, source, recipe, like = set_up(config, mesh)
     source.split(mesh, config.model.block_size)
-    recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
-    new = partial(new_state, config.model, recipe.tx)
-    init_key = stream_key(config.seed, INIT)
-    state = jax.jit(new, out_shardings=sharding.shardings(mesh, jax.eval_shape(new, init_key)))(init_key)
+    state = first_state(config, recipe, like)
     sinks = metrics.JsonLines(os.devnull), metrics.Console(config.train.steps)
 
     def emit(record):

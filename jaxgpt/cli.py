@@ -22,6 +22,7 @@ from jaxgpt import (
     ladder,
     plan,
     prepare,
+    replay,
     sampling,
     training,
 )
@@ -39,6 +40,7 @@ USAGE = """usage: jaxgpt COMMAND [flags]
   prepare  a corpus into a folder of tokens:      jaxgpt prepare --input texts/ --out data/texts
   plan     memory, time and batch before a run:   jaxgpt plan --config configs/gpt2_124m.yaml --target v5e:2x4
   ladder   train the small rungs of the lecture:  jaxgpt ladder
+  replay   where a loss stopped being finite:     jaxgpt replay --run runs/shakespeare_cpu --step 1234
   doctor   what jax finds on this machine:        jaxgpt doctor
 
 `jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
@@ -166,6 +168,14 @@ def prepare_tokens(argv: Sequence[str]) -> None:
     prepare.prepare(_parse(prepare.PrepareArgs, argv, "jaxgpt prepare"))
 
 
+def replay_step(argv: Sequence[str]) -> None:
+    """`jaxgpt replay`."""
+    args: replay.ReplayArgs = _parse(replay.ReplayArgs, argv, "jaxgpt replay")
+    found = replay.replay(args)
+    print(f"step     {found.step:,} of {args.run}, repeated from checkpoint {found.checkpoint:,}")
+    print(f"first    not finite: {found.first} ({found.values})" if found.first else f"finite   loss {found.loss:.4f}")
+
+
 def climb_ladder(argv: Sequence[str]) -> None:
     """`jaxgpt ladder`."""
     args: ladder.LadderArgs = _parse(ladder.LadderArgs, argv, "jaxgpt ladder")
@@ -196,6 +206,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "export": export_run,
     "prepare": prepare_tokens,
     "plan": plan_run,
+    "replay": replay_step,
     "ladder": climb_ladder,
     "doctor": examine_machine,
 }

@@ -55,17 +55,14 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
     return their_config.model
 
 
-def initial_state(
-    config: Config, theirs: GPTConfig, tx: optax.GradientTransformation, like: TrainState, shardings: TrainState
-) -> TrainState:
+def initial_state(config: Config, theirs: GPTConfig, tx: optax.GradientTransformation, like: TrainState) -> TrainState:
     """The state before the first step, with the other run's best weights.
 
     Args:
         config: as given to `check`.
         theirs: what `check` returned. Of a longer position table only the first block_size rows are taken.
         tx: the optimizer.
-        like: the state's shapes and dtypes.
-        shardings: where it is to live.
+        like: the state's shapes, dtypes and places.
 
     Raises:
         CheckpointError: the weights cannot be read.
@@ -75,11 +72,12 @@ def initial_state(
     if step is None:
         raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
 
-    def described(path, a, at):
+    def described(path, a):
         positions = any(getattr(entry, "key", None) == "position_embedding_table" for entry in path)
-        return jax.ShapeDtypeStruct((theirs.block_size, *a.shape[1:]) if positions else a.shape, a.dtype, sharding=at)
+        shape = (theirs.block_size, *a.shape[1:]) if positions else a.shape
+        return jax.ShapeDtypeStruct(shape, a.dtype, sharding=a.sharding)
 
-    wanted = jax.tree_util.tree_map_with_path(described, like.params, shardings.params)
+    wanted = jax.tree_util.tree_map_with_path(described, like.params)
     params = checkpoints.restore(step, {"params": wanted})["params"]
     checkpoints.close()
 
@@ -87,4 +85,4 @@ def initial_state(
         params = jax.tree.map(lambda p, a: p[: a.shape[0]] if a.ndim else p, params, like.params)
         return TrainState(jnp.int32(0), params, tx.init(params))
 
-    return jax.jit(begin, out_shardings=shardings)(params)
+    return jax.jit(begin, out_shardings=jax.tree.map(lambda a: a.sharding, like))(params)

@@ -17,7 +17,7 @@ from jaxgpt.config import Config
 from jaxgpt.patience import Patience
 from jaxgpt.run import publish
 from jaxgpt.source import Source
-from jaxgpt.step import SAMPLE, Recipe, TrainState, cast, estimate_loss, stream_key, train_steps
+from jaxgpt.step import SAMPLE, Recipe, TrainState, all_finite, cast, estimate_loss, stream_key, train_steps
 from jaxgpt.stopping import Stopped
 
 
@@ -40,6 +40,8 @@ class Job:
     flops_per_token: int
     peak: chips.Peak
     started: float
+    last: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The last step that was recorded, and its loss."""
 
     @property
     def rows(self) -> int:
@@ -71,13 +73,19 @@ class Job:
                 name: float(chunk[name][i]) for name in ("loss", "learning_rate", "grad_norm")
             }
             if not math.isfinite(row["loss"] + row["grad_norm"]):
-                raise NonFiniteError(
-                    f"not a finite number ({', '.join(f'{name} {value:.6g}' for name, value in row.items())}): "
-                    "lower --optim.learning_rate; the last checkpoint is intact"
-                )
+                raise self.not_finite(", ".join(f"{name} {value:.6g}" for name, value in row.items()), row["step"])
+            self.last.update(step=row["step"], loss=row["loss"])
             if row["step"] % config.train.log_interval == 0:
                 self.emit({"kind": "train", **row, **pace})
         return now
+
+    def not_finite(self, what: str, step: int) -> NonFiniteError:
+        """The error that ends a run at this step."""
+        last = "no loss before it" if not self.last else "last loss {loss:.6g} at step {step:,}".format(**self.last)
+        return NonFiniteError(
+            f"not a finite number ({what}; {last}): lower --optim.learning_rate, the last checkpoint is intact; "
+            f"`jaxgpt replay --run {self.config.run.dir} --step {step}` finds where it began"
+        )
 
     def look(self, state: TrainState, step: int) -> float:
         """Estimate both losses, add a sample to samples.txt, and return the validation loss."""
@@ -100,7 +108,13 @@ class Job:
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
     def save(self, state: TrainState, step: int, val_loss: float | None, watch: Patience) -> None:
-        """Checkpoint; the small files go with it."""
+        """Checkpoint; the small files go with it.
+
+        Raises:
+            NonFiniteError: an update, itself of finite gradients, left something that is not finite.
+        """
+        if not all_finite((state.params, state.opt_state)):
+            raise self.not_finite(f"parameters after step {step}", step + 1)
         if distributed.is_first():
             publish(self.config.run.dir, self.folder)
         self.checkpoints.save(step, vars(state), {"val_loss": val_loss, "patience": watch._asdict(), **self.facts})

@@ -132,7 +132,7 @@ def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array]
 
 
 def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):
-    """One optimizer step.
+    """One optimizer step; where loss or gradient is not finite, parameters and moments stay as they are.
 
     Args:
         state: before the step.
@@ -148,10 +148,21 @@ def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.A
     if recipe.apart:
         differentiate = sharding.mean_over_devices(differentiate)
     loss, grads = differentiate(state.params, batch, dropout_key)
+    norm = optax.tree.norm(grads)
     updates, opt_state = recipe.tx.update(grads, state.opt_state, state.params)
-    params, opt_state = sharding.pin((optax.apply_updates(state.params, updates), opt_state))
-    measured = {"loss": loss, "learning_rate": recipe.schedule(state.step), "grad_norm": optax.tree.norm(grads)}
+    new = optax.apply_updates(state.params, updates), opt_state
+    finite = jnp.isfinite(loss + norm)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (state.params, state.opt_state))
+    params, opt_state = sharding.pin(kept)
+    measured = {"loss": loss, "learning_rate": recipe.schedule(state.step), "grad_norm": norm}
     return TrainState(state.step + 1, params, opt_state), measured
+
+
+@jax.jit
+def all_finite(tree: Any) -> jax.Array:
+    """Whether there is neither NaN nor infinity in the floating arrays of a tree, () bool."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
 @partial(jax.jit, static_argnames=("recipe", "n"), donate_argnames="state")

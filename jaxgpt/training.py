@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from functools import partial
+from typing import NamedTuple
 
 import flax
 import jax
@@ -16,7 +17,7 @@ from jaxgpt.loop import Job, run_steps
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
 from jaxgpt.run import Run, begin, facts_of, find_step, publish
 from jaxgpt.source import Source, describe, open_source
-from jaxgpt.step import INIT, TrainState, cast, evaluate, new_state, stream_key
+from jaxgpt.step import INIT, Recipe, TrainState, cast, evaluate, new_state, stream_key
 from jaxgpt.stopping import stop_requests
 
 
@@ -44,26 +45,52 @@ def train(config: Config) -> Run:
         return _train(config, mesh, started)
 
 
-def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
+class Setup(NamedTuple):
+    """A run on a mesh before anything is allocated."""
+
+    config: Config
+    """Resolved."""
+    source: Source
+    recipe: Recipe
+    like: TrainState
+    """Shapes, dtypes and places of the state."""
+
+
+def set_up(config: Config, mesh: jax.sharding.Mesh) -> Setup:
+    """Find out what a configuration means.
+
+    Raises:
+        ValueError: data, configuration and mesh do not go together; the subclasses say which.
+    """
     source = open_source(config.data)
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
+    like = jax.eval_shape(partial(new_state, config.model, recipe.tx), stream_key(config.seed, INIT))
+    places = sharding.shardings(mesh, like)
+    like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), like, places)
+    return Setup(config, source, recipe, like)
+
+
+def first_state(config: Config, recipe: Recipe, like: TrainState) -> TrainState:
+    """The state of a new model, born where `like` says."""
+    new = jax.jit(partial(new_state, config.model, recipe.tx), out_shardings=jax.tree.map(lambda a: a.sharding, like))
+    return new(stream_key(config.seed, INIT))
+
+
+def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
+    config, source, recipe, like = set_up(config, mesh)
     checkpoints, resumed = find_step(config, source.tokenizer, source.sha256)
     source.split(mesh, config.model.block_size)
     theirs = init_from.check(config, source.tokenizer)
-    recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
-    new, init_key = partial(new_state, config.model, recipe.tx), stream_key(config.seed, INIT)
-    like = jax.eval_shape(new, init_key)
-    shardings = sharding.shardings(mesh, like)
     left = config.train.steps - (resumed or 0)
     distributed.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
     folder = begin(config, source.tokenizer, resumed)
     if resumed is None and theirs is not None:
-        state = init_from.initial_state(config, theirs, recipe.tx, like, shardings)
+        state = init_from.initial_state(config, theirs, recipe.tx, like)
     elif resumed is None:
-        state = jax.jit(new, out_shardings=shardings)(init_key)
+        state = first_state(config, recipe, like)
     else:
-        like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), like, shardings)
         state = TrainState(**checkpoints.restore(resumed, vars(like)))
 
     sinks = ()

@@ -45,6 +45,25 @@ def test_metrics_have_one_float32_a_step_and_the_state_counts_them():
     chex.assert_type(jax.tree.leaves(state.params), jnp.float32)
 
 
+def test_an_update_that_is_not_finite_is_not_applied():
+    recipe, state = make(learning_rate=1e30, grad_clip=0.0, warmup_steps=0)
+    with jax.debug_nans(False):
+        state, first = run(recipe, state, n=1)
+        before = jax.device_get(state)
+        state, later = run(recipe, state, n=3)
+    assert np.isfinite(first["loss"]).all() and not np.isfinite(later["loss"]).any()
+    chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), (before.params, before.opt_state))
+    assert int(state.step) == 4
+
+
+def test_all_finite_sees_one_value_in_a_tree():
+    tree = {"a": jnp.ones((3, 4)), "count": jnp.int32(3), "b": [jnp.zeros(5)]}
+    assert bool(step.all_finite(tree))
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        with jax.debug_nans(False):
+            assert not bool(step.all_finite(tree | {"b": [jnp.zeros(5).at[2].set(bad)]}))
+
+
 def test_loss_of_a_step_is_the_cross_entropy_of_its_batch():
     recipe, state = make()
     key = jax.random.fold_in(jax.random.key(0), step.TRAIN)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, chips, recipe, step, training
+from jaxgpt import checkpoint, chips, loop, recipe, step
 from jaxgpt import run as run_module
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.run import OtherRunError
@@ -86,14 +86,14 @@ def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
     whole = jaxgpt.load_config([*tiny_config, "--run.dir", str(tmp_path / "whole")])
     jaxgpt.train(whole)
     config = jaxgpt.load_config(tiny_config)
-    log = training.Job.log
+    log = loop.Job.log
 
     def log_and_die(job, first, chunk, began):
         if first >= interrupted_at:
             raise SystemExit("killed")
         return log(job, first, chunk, began)
 
-    monkeypatch.setattr(training.Job, "log", log_and_die)
+    monkeypatch.setattr(loop.Job, "log", log_and_die)
     with pytest.raises(SystemExit):
         jaxgpt.train(config)
     monkeypatch.undo()
@@ -108,14 +108,14 @@ def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_config_carries_on(tiny_config, tmp_path, monkeypatch, number):
     config = jaxgpt.load_config(tiny_config)
-    look = training.Job.look
+    look = loop.Job.look
 
     def look_and_signal(job, state, at):
         if at == 20:
             os.kill(os.getpid(), number)
         return look(job, state, at)
 
-    monkeypatch.setattr(training.Job, "look", look_and_signal)
+    monkeypatch.setattr(loop.Job, "look", look_and_signal)
     with pytest.raises(Stopped, match="step 20") as stopped:
         jaxgpt.train(config)
     assert stopped.value.signal_number == number
@@ -183,7 +183,7 @@ def test_resume_must_needs_something_to_resume(tiny_config, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config, tmp_path):
     argv = [*tiny_config, "--optim.learning_rate", "1e30", "--optim.grad_clip", "0"]
-    with jax.debug_nans(False), pytest.raises(training.NonFiniteError, match=r"step .*learning_rate"):
+    with jax.debug_nans(False), pytest.raises(loop.NonFiniteError, match=r"step .*learning_rate"):
         jaxgpt.train(jaxgpt.load_config(argv))
     checkpoints = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
     for saved in checkpoints.steps():
