@@ -20,6 +20,7 @@ from jaxgpt import (
     export,
     importing,
     ladder,
+    metrics,
     plan,
     prepare,
     replay,
@@ -132,14 +133,15 @@ def sample(argv: Sequence[str]) -> None:
     start = run.tokenizer.start if prompt is None else run.tokenizer.encode(prompt)
     tokens = np.tile(start, (args.num_samples, 1))
     key = jax.random.key(args.seed)
+    show = metrics.harmless if sys.stdout.isatty() else str
     if args.stream:
-        print(run.tokenizer.decode(start), end="", flush=True)
+        print(show(run.tokenizer.decode(start)), end="", flush=True)
         for new in sampling.stream(run.model, tokens, key, args.max_new_tokens, **rules):
-            print(run.tokenizer.decode(np.asarray(new)[0]), end="", flush=True)
+            print(show(run.tokenizer.decode(np.asarray(new)[0])), end="", flush=True)
         print()
         return
     out = sampling.generate(run.model, tokens, key, args.max_new_tokens, **rules)
-    print(f"\n{'-' * 15}\n".join(run.tokenizer.decode(row) for row in np.asarray(out)))
+    print(f"\n{'-' * 15}\n".join(show(run.tokenizer.decode(row)) for row in np.asarray(out)))
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -62,6 +62,11 @@ class Folders:
         hashes = [f"{folder.sha256} {weight}" for folder, weight in zip(folders, self.mixture.weights)]
         self.sha256 = folders[0].sha256 if len(folders) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self.tokenizer = tokenizers.load(folders[0].tokenizer)
+        if folders[0].vocab_size != self.tokenizer.vocab_size:
+            raise data.DataError(
+                f"a folder of another tokenizer ({folders[0].name}, {folders[0].vocab_size} ids, its tokenizer.json "
+                f"has {self.tokenizer.vocab_size}): prepare the folder again"
+            )
         self.tokens = sum(folder.tokens for folder in folders)
 
     def split(self, mesh: Mesh | None, block_size: int) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from etils import epath
 
-from jaxgpt import download
+from jaxgpt import download, npy
 from jaxgpt.data import DataError
 
 FORMAT = 1
@@ -265,6 +265,10 @@ def _verified(name: str, folder: pathlib.Path, facts: dict) -> TokenFolder:
     n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
     if (shape, dtype.name) != ((n,), facts["dtype"]):
         raise DataError(f"a damaged token folder ({name}, {dtype} {shape} is not what {DATASET} says): {again}")
+    if beyond := npy.first_beyond(folder / TOKENS, facts["vocab_size"]):
+        at, token = beyond
+        raise DataError(f"an id beyond the vocabulary ({name}, token {at:,} is {token}, ids go to "
+                        f"{facts['vocab_size'] - 1}): prepare the folder with its own tokenizer")  # fmt: skip
     return TokenFolder(name, folder, n, dtype, offset, facts["vocab_size"], hashes[0], folder / TOKENIZER, hashes[1])
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import pathlib
@@ -269,3 +270,22 @@ def test_an_error_starts_no_backend():
     command = [sys.executable, "-m", "jaxgpt", "train", "--modle.n_layer", "2"]
     done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("jaxgpt: error: ") and "Traceback" not in done.stderr
+
+
+def test_control_characters_are_harmless_on_a_terminal_and_unchanged_in_a_file(tmp_path, capsys, monkeypatch):
+    text = tmp_path / "my.txt"
+    text.write_text("a\x1b[31m\x07b\x9b0c\n\t" * 300, encoding="utf-8")
+    run = ["--run.dir", str(tmp_path / "run"), "--data.path", str(text), "--model.n_layer", "0", "--train.steps", "2"]
+    config = pathlib.Path("configs/lecture/bigram.yaml")
+    assert cli.main(["train", "--config", str(config), *run, "--train.eval_interval", "2"]) == 0
+    assert not set(capsys.readouterr().out) & set("\x1b\x07\x9b")
+    said = {}
+    for terminal, stream in itertools.product((False, True), repeat=2):
+        monkeypatch.setattr(type(cli.sys.stdout), "isatty", lambda _, terminal=terminal: terminal)
+        argv = ["sample", "--run", str(tmp_path / "run"), "--max_new_tokens", "200", *(["--stream"] if stream else [])]
+        assert cli.main(argv) == 0
+        said[terminal, stream] = capsys.readouterr().out
+    assert said[False, False] == said[False, True] and set(said[False, True]) >= set("\x1b\x07\x9b\n\t")
+    for stream in (False, True):
+        escaped = said[False, stream].replace("\x1b", "\\x1b").replace("\x07", "\\x07").replace("\x9b", "\\x9b")
+        assert said[True, stream] == escaped
