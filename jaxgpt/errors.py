@@ -32,8 +32,9 @@ def say_in_one_line(debug: bool) -> None:
 
     warnings.formatwarning = ours
     if not debug:
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
-        sys.excepthook = lambda *_: None  # ours never get there; tensorstore's threads print what orbax raises
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None  # where tensorstore's threads report, too
 
 
 def describe(error: BaseException) -> tuple[int, str]:
