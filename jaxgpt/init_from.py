@@ -33,7 +33,12 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
         ConfigError: its model or its tokenizer is another one.
     """
     start = config.run.init_from
-    if not start or Checkpoints(f"{config.run.dir}/{CHECKPOINTS}").steps():
+    if not start:
+        return None
+    own = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}")
+    started = own.steps()
+    own.close()
+    if started:
         return None
     folder = files_of(start)
     if not (folder / CONFIG).is_file():

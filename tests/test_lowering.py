@@ -36,7 +36,7 @@ def test_the_training_step_lowers_for_every_platform_and_computes_in_bfloat16(pl
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_generation_lowers_for_every_platform(platform):
     model, key, rule = step.init_model(CONFIG, seed=0), jax.random.key(0), sampling.make_rule(0.8, 10, 0.9)
-    tokens, layer = jnp.zeros((3, 8), jnp.int32), jnp.zeros((3, 2, 8, 8))
+    tokens, layer = jnp.zeros((3, 8), jnp.int32), jnp.zeros((6, 8, 8))
     cache = Cache(((layer, layer),), jnp.int32(4))
     for traced in (
         sampling._prefill.trace(model, tokens, jnp.int32(3), key, rule),

@@ -94,23 +94,23 @@ def test_stream_and_head_have_the_documented_shapes():
     model = GPT(SMALL, rngs=nnx.Rngs(0))
     x, cache = model.hidden(jnp.zeros((3, 5), jnp.int32))
     chex.assert_shape(x, (3, 5, 16))
-    chex.assert_shape(jax.tree.leaves(cache.layers), (3, 2, 5, 8))
+    chex.assert_shape(jax.tree.leaves(cache.layers), (6, 5, 8))
     chex.assert_shape(model.logits(x), (3, 5, 65))
     out, keys_values = model.blocks[0].attn(x)
     chex.assert_shape([out, model.blocks[0].mlp(x), model.blocks[0](x)[0]], (3, 5, 16))
-    chex.assert_shape(keys_values, (3, 2, 5, 8))
+    chex.assert_shape(keys_values, (6, 5, 8))
 
 
 def test_tokens_fed_one_by_one_through_the_cache_give_the_same_logits():
     model = GPT(SMALL, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (3, 8), 0, 65)
-    empty = jnp.zeros((3, 2, 8, 8))
+    empty = jnp.zeros((6, 8, 8))
     cache = Cache(((empty, empty), (empty, empty)), jnp.int32(0))
     for t in range(8):
         x, cache = model.hidden(tokens[:, t : t + 1], cache)
         # both sum in float32, in another order
         np.testing.assert_allclose(model.logits(x)[:, 0], model(tokens)[:, t], atol=2e-6)
-    chex.assert_shape(cache.layers[0][0], (3, 2, 8, 8))
+    chex.assert_shape(cache.layers[0][0], (6, 8, 8))
     assert int(cache.length) == 8
 
 

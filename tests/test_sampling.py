@@ -27,7 +27,8 @@ def lecture_generate(model, prompt, key, n, rule):
         window = tokens[:, -model.config.block_size :]
         length = window.shape[1]
         padded = np.pad(window, ((0, 0), (0, model.config.block_size - length)))
-        new = sample(lecture_logits(model, padded, length - 1), jax.random.fold_in(key, i), rule)
+        logits = filter_logits(lecture_logits(model, padded, length - 1), rule)
+        new = jax.random.categorical(jax.random.fold_in(key, i), logits).astype(jnp.int32)
         tokens = np.concatenate([tokens, new[:, None]], axis=1)
     return tokens
 
@@ -105,7 +106,7 @@ def test_probabilities_are_those_of_the_definitions(hundredths, temperature, top
 def test_drawn_tokens_follow_the_filtered_probabilities():
     logits = jnp.array([2.0, 1.5, 1.0, 0.0, -1.0])
     tiled, rule = jnp.tile(logits, (20_000, 1)), make_rule(0.7, 4, 0.9)
-    draws = sample(tiled, jax.random.key(0), rule)
+    draws = sample(tiled, jax.random.gumbel(jax.random.key(0), tiled.shape), rule)
     chex.assert_shape(filter_logits(tiled, rule), (20_000, 5))
     chex.assert_shape(draws, (20_000,))
     expected = reference_probabilities(logits, 0.7, 4, 0.9)
