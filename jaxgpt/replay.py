@@ -1,6 +1,7 @@
 """`jaxgpt replay`: repeat a step of a run, and name the first tensor in it that is not finite."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ class Finding(NamedTuple):
     checkpoint: int
     """The step whose checkpoint it began from; 0 = a new model's."""
     loss: float
-    """Of the step, in nats a token."""
+    """Of the step, in nats a token; NaN if something is not finite."""
     first: str | None
     """The first tensor that is not finite, None if all are."""
     values: str
@@ -104,15 +105,15 @@ def _examine(setup: Setup, state: TrainState, number: int, checkpoint: int) -> F
         batch = data.inputs_and_targets(tokens[0])
     else:
         batch = data.batch(jax.random.fold_in(key, TRAIN), tokens, state.step, rows, recipe.block_size)
-    loss = jnp.nan
+    losses = []
     for name, array in tensors(state, batch, key, recipe):
-        loss = array if name == "loss" else loss
         values = np.asarray(array, np.float32)
+        losses += [values.mean()] if name == "loss" else []
         nans, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
         if nans + infinite:
             said = f"{nans:,} NaN and {infinite:,} infinite of {values.size:,}"
-            return Finding(number, checkpoint, float(np.mean(loss)), name, said)
-    return Finding(number, checkpoint, float(np.mean(loss)), None, "")
+            return Finding(number, checkpoint, math.nan, name, said)
+    return Finding(number, checkpoint, float(np.mean(losses)), None, "")
 
 
 def tensors(
