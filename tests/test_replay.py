@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import checkpoint, cli, loop, replay
+from jaxgpt import checkpoint, cli, loop, replay, sharding
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.config import ConfigError
 from jaxgpt.replay import ReplayArgs
@@ -34,7 +34,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(tiny_config, tmp_path, cap
     checkpoints = checkpoint.Checkpoints(run / "checkpoints")
     facts = checkpoints.manifest(30)
     config = jaxgpt.load_config(["--config", str(run / "config.yaml")])
-    like = replay.set_up(config, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"))).like
+    like = replay.set_up(config, sharding.make_mesh(sharding.MeshConfig(1))).like
     state = checkpoints.restore(30, vars(like))
     kernel = state["params"]["blocks"][1]["mlp"]["fc"]["kernel"]
     state["params"]["blocks"][1]["mlp"]["fc"]["kernel"] = kernel.at[0, 0].set(np.nan).at[3, 1].set(np.inf)
