@@ -1,0 +1,108 @@
+"""What strangers send: files, flags and prompts that are wrong in any way end in one line and an exit code."""
+
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import pytest
+import yaml
+from etils import epath
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jaxgpt import config, errors, manifest, sampling
+from jaxgpt import tokenizer as tokenizers
+
+CHARACTERS = tokenizers.CharTokenizer("abc\n")
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+)
+known = st.sampled_from(sorted(config.fields(config.Config)))
+sections = st.sampled_from(["seed", "model", "data", "optim", "train", "mesh", "run", "base", "distributed"])
+names = st.sampled_from(sorted(name.split(".")[-1] for name in config.fields(config.Config))) | st.text(max_size=6)
+
+
+def in_words(function, *arguments, code):
+    """The result of a call, or its error as the command line tells it: one line and this exit code."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        found, message = errors.describe(error)
+        assert found == code, (found, message)
+        assert message and "\n" not in message.strip()
+        return None
+
+
+def written(content, name="file"):
+    """The path of a file with this text or these bytes, in a folder of its own."""
+    path = pathlib.Path(tempfile.mkdtemp()) / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return path
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(sections, trees | st.dictionaries(names, scalars, max_size=3), max_size=3) | trees | st.binary())
+@example({"model": {"n_layer": "!!python/object/apply:os.system ['exit 1']"}})
+def test_config_files(content):
+    text = content if isinstance(content, bytes) else yaml.safe_dump(content, allow_unicode=True)
+    in_words(config.load_config, ["--config", str(written(text, "c.yaml"))], code=2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(known.map("--{}".format) | st.text(max_size=10) | scalars.map(str), max_size=4))
+def test_flags(words):
+    in_words(config.load_config, [word for word in words if word not in ("--help", "-h")], code=2)
+
+
+@settings(max_examples=400, deadline=None)
+@given(trees | st.dictionaries(st.sampled_from(["kind", "type", "alphabet", "model", "vocab", "merges"]), trees))
+@example({"kind": "char", "alphabet": "aa"})
+@example({"alphabet": ["a", "b"]})
+def test_tokenizer_files(content):
+    found = in_words(tokenizers.load, written(json.dumps(content), "tokenizer.json"), code=2)
+    assert found is None or found.vocab_size > 0
+
+
+@settings(max_examples=400, deadline=None)
+@given(trees, st.integers(0, 10**6), st.binary(min_size=1, max_size=3))
+def test_manifests(content, at, patch):
+    folder = epath.Path(tempfile.mkdtemp())
+    (folder / "array").write_bytes(b"12345")
+    manifest.write(folder, {"step": 3, "facts": json.loads(json.dumps(content, allow_nan=False, default=str))} if not
+                   has_nan(content) else {"step": 3})  # fmt: skip
+    assert manifest.read(folder)["step"] == 3
+    manifest.verify(folder)
+    sealed = (folder / manifest.MANIFEST).read_bytes()
+    place = at % len(sealed)
+    changed = sealed[:place] + patch + sealed[place + len(patch) :]
+    if changed != sealed:
+        (folder / manifest.MANIFEST).write_bytes(changed)
+        with pytest.raises(manifest.DamagedError):
+            manifest.verify(folder)
+
+
+def has_nan(content):
+    """Whether JSON could not hold it."""
+    try:
+        json.dumps(content, allow_nan=False)
+    except ValueError:
+        return True
+    return False
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.floats(), st.none() | st.integers(), st.none() | st.floats())
+def test_sampling_arguments(temperature, top_k, top_p):
+    rule = in_words(sampling.make_rule, temperature, top_k, top_p, code=2)
+    good = 0 <= temperature < float("inf") and (top_k is None or top_k >= 1) and (top_p is None or 0 < top_p <= 1)
+    assert (rule is not None) == good
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.text("abc\n"))
+def test_prompts(text):
+    ids = in_words(CHARACTERS.encode, text, code=2)
+    assert (ids is not None) == (set(text) <= set("abc\n"))
+    assert ids is None or CHARACTERS.decode(np.asarray(ids)) == text
