@@ -60,13 +60,12 @@ def held(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), file:
             if fcntl is not None:
                 path.unlink()  # still locked: whoever opened it meanwhile sees that it is gone
-                file.close()
-            else:
-                file.close()  # Windows removes no open file, and therefore none that another one has locked
-                path.unlink()
+        with contextlib.suppress(OSError):
+            if fcntl is None:
+                path.unlink()  # Windows removes no open file, and therefore none that another one has locked
             path.parent.rmdir()  # only if it is empty
 
 
