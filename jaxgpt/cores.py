@@ -28,19 +28,17 @@ def count() -> int:
 
 
 def share(mesh: MeshConfig, model: GPTConfig, batch_size: int) -> MeshConfig:
-    """Make each core a device, and say how many of them a run takes; on GPUs, TPUs and in several processes nothing."""
-    if jax.distributed.is_initialized():
-        return mesh
-    _claim()
-    return mesh if jax.default_backend() != "cpu" else divide(mesh, model, batch_size, jax.device_count())
+    """Make each core a device, and say how many of them a run takes.
 
-
-def _claim() -> None:
-    """Nothing, if jax has its devices already or was told how many CPUs to make."""
+    Nothing on GPUs and TPUs, in several processes, and where the environment says how many devices a CPU is to have.
+    """
     told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if jax.config.jax_num_cpu_devices < 1 and not told:
+    if jax.distributed.is_initialized() or told or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return mesh
+    if jax.config.jax_num_cpu_devices < 1:
         with contextlib.suppress(RuntimeError):  # a backend is running
             jax.config.update("jax_num_cpu_devices", count())
+    return mesh if jax.default_backend() != "cpu" else divide(mesh, model, batch_size, jax.device_count())
 
 
 def divide(mesh: MeshConfig, model: GPTConfig, batch_size: int, n_devices: int) -> MeshConfig:

@@ -55,14 +55,14 @@ def test_copies_of_a_large_model_do_not_fill_the_memory():
 
 
 @pytest.mark.parametrize(
-    "environ, devices",
-    [({}, cores.count()), ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
-     ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5)],
+    "environ, devices, data",
+    [({}, cores.count(), 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 3, -1),
+     ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5, -1)],
 )  # fmt: skip
-def test_each_core_is_a_device_unless_somebody_said_otherwise(environ, devices):
+def test_each_core_is_a_device_unless_the_environment_says_otherwise(environ, devices, data):
     ask = "import jax; from jaxgpt import cores, GPTConfig; from jaxgpt.sharding import MeshConfig as M;"
-    ask += "cores.share(M(), GPTConfig(), 12); print(jax.device_count())"
-    assert run_python(ask, **environ) == str(devices)
+    ask += "mesh = cores.share(M(), GPTConfig(n_layer=0), 12); print(jax.device_count(), mesh.data)"
+    assert run_python(ask, **environ) == f"{devices} {data}"
 
 
 def test_a_backend_that_runs_keeps_its_devices():
