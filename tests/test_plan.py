@@ -164,8 +164,10 @@ def test_the_step_compiles_for_tpus_on_a_mesh(capsys):
     assert whole["attention"] == "splash" and whole["fits"]
     assert split["arguments"] < 0.3 * whole["arguments"]
     assert whole["roofline_s"] == max(whole["compute_s"], whole["traffic_s"])
-    plain = record_of(capsys, [*flags, "--model.attention", "xla", "--train.loss_chunks", "1"])
-    assert plain["temporaries"] > 1.3 * whole["temporaries"] and plain["moved"] > whole["moved"]
+    plain = record_of(capsys, [*flags, "--model.attention", "xla"])
+    assert plain["moved"] > 1.1 * whole["moved"]
+    at_once = record_of(capsys, [*flags, "--train.loss_chunks", "1"])
+    assert at_once["temporaries"] > 1.3 * whole["temporaries"]
 
 
 @needs_libtpu
