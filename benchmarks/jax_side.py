@@ -47,7 +47,7 @@ def train(spec):
         record = start_record(job.config, mesh, job.source, state)
         job.emit({**record, "mesh_before": record["mesh"]})
         n = job.config.train.steps_per_call
-        feed = job.source.feed(((first, n) for first in itertools.count(0, n)), job.config.seed, job.rows)
+        feed = job.source.feed(((first, n) for first in itertools.count(0, n)), job.config.seed, job.recipe.rows)
         like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
         tokens = next(feed)
         compiled = job.compile(like, tokens, n)
@@ -78,7 +78,7 @@ def train(spec):
 
     work(0.5)
     facts = {name: record[name] for name in ("parameters", "flops_per_token")} | {"steps_per_call": n}
-    return facts | {"tokens_per_step": job.rows * job.config.model.block_size, "first_loss": first_loss}, work
+    return facts | {"tokens_per_step": job.recipe.rows * job.config.model.block_size, "first_loss": first_loss}, work
 
 
 def write(spec):

@@ -1,4 +1,4 @@
-"""What accelerators can do at most: the denominators of MFU and of the roofline in plan.py."""
+"""What devices can do at most: the denominators of MFU and of the roofline in plan.py."""
 
 import dataclasses
 import functools

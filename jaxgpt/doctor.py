@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from jaxgpt import download
+from jaxgpt import cores, download
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 PLUGINS = {"jax-cuda12-plugin": "NVIDIA GPU", "jax-cuda13-plugin": "NVIDIA GPU", "libtpu": "TPU"}
@@ -89,7 +89,7 @@ def examine(machine: Machine) -> list[Finding]:
         devices,
         _accelerator(machine, backend),
         *([Finding("gpu memory", memory)] if backend == "gpu" else []),
-        Finding("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())),
+        Finding("cores", str(cores.count())),
         _cache(machine),
         Finding("variables", machine.variables("JAX_", "XLA_")),
     ]

@@ -20,7 +20,7 @@ from jaxgpt.config import Config, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer
-from jaxgpt.run import CHECKPOINTS, TOKENIZER, OtherRunError, begin
+from jaxgpt.run import CHECKPOINTS, TOKENIZER, OtherRunError, begin, facts_of
 from jaxgpt.sharding import AXES
 from jaxgpt.tokenizer import CharTokenizer, Tokenizer, TokenizerError
 from jaxgpt.torch_checkpoint import Tensor, TorchFile, unpickle
@@ -88,11 +88,12 @@ def import_run(args: ImportArgs) -> Imported:
     )
     config = configuration(args.run, model)
     state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer(config.optim).init(params)}
-    facts = {"corpus_sha256": None, "mesh": dict.fromkeys(AXES, 1), "imported_from": args.from_}
     with lock.held(args.run, "name another --run"), storage.failures(args.run):
-        begin(config, tokenizer, None)
+        facts = facts_of(config, begin(config, tokenizer, None), None)
+        del facts["config"]  # what is trained from here may have another one
+        facts |= {"val_loss": None, "mesh": dict.fromkeys(AXES, 1), "imported_from": args.from_}
         checkpoints = Checkpoints(f"{args.run}/{CHECKPOINTS}")
-        checkpoints.save(0, state, {"val_loss": None, **facts})
+        checkpoints.save(0, state, facts)
         checkpoints.close()
     return Imported(model, sum(leaf.size for leaf in jax.tree.leaves(params)), rows - ids)
 

@@ -11,7 +11,7 @@ from jaxgpt import tokenizer as tokenizers
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPTConfig
-from jaxgpt.run import CHECKPOINTS, CONFIG, TOKENIZER, files_of, read_files
+from jaxgpt.run import CHECKPOINTS, TOKENIZER, files_of, read_files
 from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
@@ -40,10 +40,7 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
     own.close()
     if started:
         return None
-    folder = files_of(start)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"not a run directory (--run.init_from, {start}, no {CONFIG}): name another")
-    their_config, their_tokenizer = read_files(folder)
+    their_config, their_tokenizer = read_files(files_of(start), f"--run.init_from, {start}")
     ours, theirs = (dataclasses.asdict(model) for model in (config.model, their_config.model))
     if not tokenizers.same(tokenizer, their_tokenizer):
         raise ConfigError(

@@ -43,11 +43,6 @@ class Job:
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     """The last step that was recorded, and its loss."""
 
-    @property
-    def rows(self) -> int:
-        """Windows that a step sees."""
-        return self.config.data.batch_size * self.config.optim.grad_accumulation
-
     def compile(self, state: TrainState, tokens: jax.Array, n: int):
         """`train_steps` for `n` steps, compiled ahead of the first call so that the time can be told apart."""
         began = time.perf_counter()
@@ -64,7 +59,7 @@ class Job:
         chunk = jax.device_get(chunk)
         now, config = time.perf_counter(), self.config
         n = len(chunk["loss"])
-        tokens = n * self.rows * config.model.block_size
+        tokens = n * self.recipe.rows * config.model.block_size
         speed, peak = tokens / (now - began), self.peak.flops
         mfu = peak and speed * self.flops_per_token / peak
         pace = {"tokens_per_second": speed, "mfu": mfu, "elapsed_s": now - self.started}
@@ -168,7 +163,7 @@ def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None
         if config.patience:  # what comes may be no better than what it starts from
             job.save(state, step, loss, watch)
     cut = traced(calls(job.config, step), config.profile)
-    with contextlib.closing(job.source.feed(calls(job.config, step), job.config.seed, job.rows)) as feed:
+    with contextlib.closing(job.source.feed(calls(job.config, step), job.config.seed, job.recipe.rows)) as feed:
         for (first, n), tokens in zip(cut, feed):
             if n not in compiled:
                 compiled[n] = job.compile(like, tokens, n)

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl for programs, the console for people.
 
-A record is a dict with a `kind`: start, compile, train, eval, final. A sink is called with each record.
+A record is a dict with a `kind`: start, compile, train, eval, early_stop, final. A sink is called with each record.
 """
 
 import json

@@ -98,7 +98,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, for decoding one token at a time.
 
     `layers` holds the keys and values of each layer, two (B * H, S, D) arrays of which the first `length` () int32
-    positions are filled. (As (B, H, S, D), XLA's CPU backend copies them for each token: 0.7x at B = 1.)
+    positions are filled. (As (B, H, S, D), XLA's CPU backend would copy them for each token.)
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]

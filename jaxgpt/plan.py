@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxgpt import ahead, chips, corpus, metrics, sharding
+from jaxgpt import ahead, chips, cores, corpus, metrics, sharding
 from jaxgpt.ahead import Needs, Target
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.recipe import abstract_model, resolve
@@ -128,9 +128,13 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     Raises:
         ValueError: target, mesh, batch or vocabulary do not go together; the subclasses say which.
     """
+    if config.target is None:  # as training on this machine does
+        mesh = cores.share(config.mesh, config.model, config.data.batch_size)
+        config = dataclasses.replace(config, mesh=mesh)
     target, text = ahead.find_target(config.target), find_text(config)
     config = resolve(config, text.vocab_size, target.platform)
     sizes = sharding.sizes_of(config.mesh, target.n)
+    target = target._replace(n=math.prod(sizes.values()))  # the mesh may leave some out
     parameters, counted = count_parameters(config)
     shards = sizes["data"] * sizes["fsdp"]
 

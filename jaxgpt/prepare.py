@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from jaxgpt import documents, lock, storage
+from jaxgpt import cores, documents, lock, storage
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
 from jaxgpt.documents import File, Piece
@@ -49,7 +49,7 @@ class PrepareArgs:
     """Ids of the tokenizer that bpe trains."""
     text_field: str = "text"
     """Where JSONL and parquet have the text."""
-    workers: int = os.cpu_count() or 1
+    workers: int = cores.count()
     """Processes; their number does not change the result."""
 
 

@@ -11,15 +11,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import cores, data, sharding
+from jaxgpt import cores, sharding
 from jaxgpt import loop as loops
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.data import DataError
 from jaxgpt.model import GPT
 from jaxgpt.remat import call_block
-from jaxgpt.run import CHECKPOINTS, CONFIG, files_of, read_files
-from jaxgpt.step import DROPOUT, TRAIN, Recipe, TrainState, build, loss_and_gradient, train_steps
+from jaxgpt.run import CHECKPOINTS, files_of, read_files
+from jaxgpt.step import DROPOUT, Recipe, TrainState, batch_of, build, loss_and_gradient, train_steps
 from jaxgpt.training import Setup, set_up
 
 
@@ -55,10 +55,7 @@ def replay(args: ReplayArgs) -> Finding:
         CheckpointError: the directory is not a run's, or the checkpoints before the step are gone.
         DataError: the text is not the one that the run learned from.
     """
-    folder = files_of(args.run)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"not a run directory ({args.run}, no {CONFIG}): name one that `jaxgpt train` made")
-    config, _ = read_files(folder)
+    config, _ = read_files(files_of(args.run), args.run)
     if not 1 <= args.step <= config.train.steps:
         raise ConfigError(f"no such step (--step, {args.step}): use 1 to {config.train.steps}")
     mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
@@ -80,9 +77,8 @@ def _state_before(args: ReplayArgs, setup: Setup) -> tuple[TrainState, int]:
     source.split(jax.sharding.get_mesh(), config.model.block_size)
     state = TrainState(**checkpoints.restore(from_step, vars(like)))
     checkpoints.close()
-    key, rows = jax.random.key(config.seed), config.data.batch_size * config.optim.grad_accumulation
-    cut = list(_calls_up_to(config, from_step, args.step - 1))
-    for (_, n), tokens in zip(cut, source.feed(cut, config.seed, rows)):
+    key, cut = jax.random.key(config.seed), list(_calls_up_to(config, from_step, args.step - 1))
+    for (_, n), tokens in zip(cut, source.feed(cut, config.seed, recipe.rows)):
         state, _ = train_steps(state, tokens, key, recipe=recipe, n=n)
     return state, from_step
 
@@ -99,13 +95,9 @@ def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, in
 
 def _examine(setup: Setup, state: TrainState, number: int, checkpoint: int) -> Finding:
     config, source, recipe, _ = setup
-    key, rows = jax.random.key(config.seed), config.data.batch_size * config.optim.grad_accumulation
-    tokens = next(source.feed([(number - 1, 1)], config.seed, rows))
-    if tokens.ndim == 3:
-        batch = data.inputs_and_targets(tokens[0])
-    else:
-        batch = data.batch(jax.random.fold_in(key, TRAIN), tokens, state.step, rows, recipe.block_size)
-    losses = []
+    key, losses = jax.random.key(config.seed), []
+    tokens = next(source.feed([(number - 1, 1)], config.seed, recipe.rows))
+    batch = batch_of(state.step, tokens[0] if tokens.ndim == 3 else tokens, key, recipe)
     for name, array in tensors(state, batch, key, recipe):
         values = np.asarray(array, np.float32)
         losses += [values.mean()] if name == "loss" else []

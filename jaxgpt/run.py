@@ -73,9 +73,7 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
         CheckpointError: the directory is not a run's, or there is no such checkpoint, or it is damaged.
     """
     folder = files_of(run_dir)
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"not a run directory ({run_dir}, no {CONFIG}): name one that `jaxgpt train` made")
-    config, tokenizer = read_files(folder)
+    config, tokenizer = read_files(folder, str(run_dir))
     checkpoints = Checkpoints(f"{run_dir}/{CHECKPOINTS}")
     if step is None:
         step = checkpoints.best_undamaged()
@@ -92,17 +90,23 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     return Run(folder, config, tokenizer, nnx.merge(graphdef, params), step, facts["corpus_sha256"])
 
 
-def read_files(run_dir: pathlib.Path) -> tuple[Config, Tokenizer]:
+def read_files(folder: pathlib.Path, named: str) -> tuple[Config, Tokenizer]:
     """The configuration and the tokenizer of a run directory.
 
+    Args:
+        folder: of its small files.
+        named: how an error is to name it.
+
     Raises:
-        CheckpointError: a file is damaged.
+        CheckpointError: it is no run directory, or a file is damaged.
     """
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"not a run directory ({named}, no {CONFIG}): name one that `jaxgpt train` made")
     try:
-        config = configs.load_config(["--config", str(run_dir / CONFIG)])
-        return config, tokenizers.load(run_dir / TOKENIZER)
+        config = configs.load_config(["--config", str(folder / CONFIG)])
+        return config, tokenizers.load(folder / TOKENIZER)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"damaged run directory ({run_dir}, {error}): restore the file, or train again") from None
+        raise CheckpointError(f"damaged run directory ({named}, {error}): restore the file, or train again") from None
 
 
 def _check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
@@ -127,7 +131,7 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def facts_of(config: Config, folder: pathlib.Path, corpus_sha256: str) -> dict[str, Any]:
+def facts_of(config: Config, folder: pathlib.Path, corpus_sha256: str | None) -> dict[str, Any]:
     """What a manifest says of the run that a checkpoint belongs to; `folder` has its small files."""
     return {
         "corpus_sha256": corpus_sha256,
@@ -169,7 +173,7 @@ def _find_step(config: Config, tokenizer: Tokenizer, corpus_sha256: str, checkpo
         raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
     imported = began and checkpoints.steps() == [0] and checkpoints.manifest(0)["corpus_sha256"] is None
     if began:
-        was, its_tokenizer = read_files(folder)
+        was, its_tokenizer = read_files(folder, config.run.dir)
         different = configs.differences(configs.flat(was), now)
         if imported:  # weights that learned nothing here yet: only the model is decided
             different = [field for field in different if field.startswith("model.")]

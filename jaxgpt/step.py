@@ -42,6 +42,11 @@ class Recipe(NamedTuple):
     loss_chunks: int = 1
     apart: bool = False  # devices compute gradients apart: sharding.mean_over_devices
 
+    @property
+    def rows(self) -> int:
+        """Windows that a step sees."""
+        return self.grad_accumulation * self.batch_size
+
 
 def stream_key(seed: int, stream: int) -> jax.Array:
     """The typed PRNG key of one purpose."""
@@ -180,17 +185,19 @@ def train_steps(state: TrainState, tokens: jax.Array, key: jax.Array, *, recipe:
     Returns:
         The state after the steps, and each metric of `train_step` as (n,) float32.
     """
-    rows = recipe.grad_accumulation * recipe.batch_size
 
     def one(state, windows):
-        if windows is None:
-            train_key = jax.random.fold_in(key, TRAIN)
-            batch = data.batch(train_key, tokens, state.step, rows, recipe.block_size)
-        else:
-            batch = data.inputs_and_targets(windows)
+        batch = batch_of(state.step, tokens if windows is None else windows, key, recipe)
         return train_step(state, batch, key, recipe)
 
     return jax.lax.scan(one, state, tokens if tokens.ndim == 3 else None, length=n)
+
+
+def batch_of(step: jax.Array, tokens: jax.Array, key: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
+    """Inputs and targets of a step: from the training split (N,), or what these windows (rows, T + 1) are."""
+    if tokens.ndim == 2:
+        return data.inputs_and_targets(tokens)
+    return data.batch(jax.random.fold_in(key, TRAIN), tokens, step, recipe.rows, recipe.block_size)
 
 
 @partial(jax.jit, static_argnames="recipe")

@@ -2,8 +2,11 @@
 
 import os
 import random
+import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxgpt import download
@@ -40,3 +43,26 @@ def tiny_config(tmp_path, text_file):
         *("--train.steps", "40", "--train.eval_interval", "20", "--train.eval_batches", "2"),
         *("--train.steps_per_call", "5", "--train.log_interval", "5", "--run.checkpoint_interval", "10"),
     ]
+
+
+@pytest.fixture
+def full_precision():
+    """Products of float32 with all of its bits, also where jax would take fewer."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
+def float64(monkeypatch):
+    """jaxgpt in float64 throughout, also where it asks for float32 by name (logits, scores, losses).
+
+    What is left of the rounding is so small that no tolerance has to hide a wrong epsilon. In float32, a ReLU whose
+    input is 1e-7 from zero opens on one side only, and after 100 steps of Adam single weights differ by half their way.
+    """
+    wide = types.SimpleNamespace(**vars(jnp) | {"float32": jnp.float64})
+    for name, module in list(sys.modules.items()):
+        if name.startswith("jaxgpt.") and getattr(module, "jnp", None) is jnp:
+            monkeypatch.setattr(module, "jnp", wide)
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
+    with enable_x64(True):
+        yield

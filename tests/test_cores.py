@@ -76,6 +76,9 @@ def test_the_quota_of_a_container_counts(monkeypatch):
     for text, expected in {"200000 100000\n": 2, "50000 100000": 1, "max 100000": 64, "": 64}.items():
         monkeypatch.setattr(cores.pathlib.Path, "read_text", lambda self, text=text: text)
         assert cores.count() == expected
+    monkeypatch.delattr(cores.os, "sched_getaffinity")  # macOS and Windows
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 6)
+    assert cores.count() == 6
 
 
 def test_the_mean_over_devices_is_that_of_the_whole_batch_and_one_all_reduce():

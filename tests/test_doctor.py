@@ -181,9 +181,8 @@ def test_an_error_without_words_is_named_by_its_type(machine):
     assert finding == doctor.Finding("devices", "jax does not start (AssertionError)", "unset JAX_PLATFORMS")
 
 
-def test_cores_are_told_without_affinity_too(machine, monkeypatch):
-    monkeypatch.delattr(doctor.os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 6)
+def test_the_cores_are_those_that_training_takes(machine, monkeypatch):
+    monkeypatch.setattr(doctor.cores, "count", lambda: 6)
     assert topic("cores", machine()).found == "6"
 
 

@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ import foreign  # noqa: E402  needs both
 from random_run import make_run  # noqa: E402
 from test_sharding import MESHES  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("full_precision")]
 
 ALPHABET = CharTokenizer("\n abcdefghijklmnopqrstuvwxyzABCDEFGH,.é")  # 39
 SHAPES = {
@@ -37,24 +36,6 @@ SHAPES = {
     "erf": {"activation_function": "gelu"},
     "untied": {"tie_word_embeddings": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """jaxgpt in float64 throughout, also where it asks for float32 by name."""
-    wide = types.SimpleNamespace(**vars(jnp) | {"float32": jnp.float64})
-    for name, module in list(sys.modules.items()):
-        if name.startswith("jaxgpt.") and getattr(module, "jnp", None) is jnp:
-            monkeypatch.setattr(module, "jnp", wide)
-    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
-    with enable_x64(True):
-        yield
 
 
 def imported(source, run_dir, *flags):

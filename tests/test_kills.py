@@ -95,7 +95,11 @@ def test_killed_at_every_named_point_one_after_the_other(whole, tmp_path):
 
 
 def kill_at_random(whole, tmp_path, kills, seed):
-    """Kill the command that often at random moments after it has begun to train, then let it end."""
+    """Kill the command that often at random moments after it has begun to train, then let it end with the same bits.
+
+    Returns:
+        How often it was killed.
+    """
     command, run_dir, draw, killed = whole[0], tmp_path / "run", random.Random(seed), 0
     while killed < kills:
         before, starts = reached(run_dir), sum(r["kind"] == "start" for r in records(run_dir))
@@ -114,12 +118,13 @@ def kill_at_random(whole, tmp_path, kills, seed):
         killed += 1
     finish(command, run_dir)
     check_same_bits(run_dir, whole[1])
+    return killed
 
 
 def test_killed_at_12_random_moments(whole, tmp_path):
-    kill_at_random(whole, tmp_path, 12, seed=6)
+    assert kill_at_random(whole, tmp_path, 12, seed=6) == 12
 
 
 @pytest.mark.long
 def test_killed_at_100_random_moments(whole, tmp_path):
-    kill_at_random(whole, tmp_path, 100, seed=60)
+    assert kill_at_random(whole, tmp_path, 100, seed=60) == 100

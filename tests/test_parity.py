@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-import sys
 import types
 from functools import partial
 
@@ -22,7 +21,7 @@ from jaxgpt.step import TRAIN, TrainState, token_losses, train_steps
 torch = pytest.importorskip("torch")
 import torch_reference as reference  # noqa: E402  needs torch
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("full_precision")]
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 ALL = sorted(str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml"))
@@ -38,28 +37,6 @@ TEN_MILLION = ("lecture/scaled", "shakespeare")  # parameters: they get less to 
 # for 100 steps, which would take minutes with as many channels and layers as in the files
 SMALL = {"n_layer": 2, "n_embd": 48, "block_size": 24, "dropout": 0.0}
 SHORT = {"lecture/colab": SMALL, "lecture/scaled": SMALL, "shakespeare_cpu": SMALL, "shakespeare": SMALL}
-
-
-@pytest.fixture(autouse=True)
-def full_precision():
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-@pytest.fixture
-def float64(monkeypatch):
-    """jaxgpt in float64 throughout, also where it asks for float32 by name (logits, scores, losses).
-
-    What is left of the rounding is so small that no tolerance has to hide a wrong epsilon. In float32, a ReLU whose
-    input is 1e-7 from zero opens on one side only, and after 100 steps of Adam single weights differ by half their way.
-    """
-    wide = types.SimpleNamespace(**vars(jnp) | {"float32": jnp.float64})
-    for name, module in list(sys.modules.items()):
-        if name.startswith("jaxgpt.") and getattr(module, "jnp", None) is jnp:
-            monkeypatch.setattr(module, "jnp", wide)
-    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64  # before jax 0.8
-    with enable_x64(True):
-        yield
 
 
 @pytest.fixture(autouse=True)
