@@ -1,9 +1,10 @@
 """What each trick for CPUs gains: with it against without it, alternating rounds in one process.
 
-python benchmarks/tricks.py TRICK [--config FILE] [--rounds N]
+python benchmarks/tricks.py TRICK [--config FILE] [--rounds N] [--steps N]
   matmul      training: jaxgpt.matmul's weight gradients against those of a plain product
   devices     training: each core as a device against one device with all cores
   bfloat16    training: --train.dtype bfloat16 against float32
+  dropout     training: a byte for each value's mask against nnx.Dropout's 32 bits
   last_block  generation past the window: the last block for the last token against all of it
 Prints one JSON line: steps (or tokens) a second of both, and median and range of the paired ratios.
 """
@@ -19,32 +20,38 @@ from functools import partial
 
 import jax
 import numpy as np
+from flax import nnx
 
-from jaxgpt import cores, load_config, matmul, sampling, sharding, step
+from jaxgpt import cores, load_config, matmul, model, sampling, sharding, step
 from jaxgpt.config import Config
 from jaxgpt.recipe import make_recipe, resolve
 from jaxgpt.sharding import MeshConfig
 
-STEPS = 20
-
 
 class Training:
-    """Calls of STEPS training steps, as `jaxgpt train` makes them."""
+    """Calls of `n` training steps, as `jaxgpt train` makes them."""
 
-    def __init__(self, config: Config, mesh: MeshConfig):
+    def __init__(self, config: Config, mesh: MeshConfig, n: int):
+        self.n = n
         self.mesh = sharding.make_mesh(mesh)
         with jax.set_mesh(self.mesh):
-            model = step.init_model(config.model, config.seed)
-            self.recipe = make_recipe(config, model, self.mesh)
+            self.recipe = make_recipe(config, step.init_model(config.model, config.seed), self.mesh)
             new = partial(step.new_state, config.model, self.recipe.tx, step.stream_key(config.seed, step.INIT))
             self.state = jax.jit(new, out_shardings=sharding.shardings(self.mesh, jax.eval_shape(new)))()
             tokens = np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)
             self.data = sharding.place(self.mesh, tokens), jax.random.key(0)
-            self.call = step.train_steps.lower(self.state, *self.data, recipe=self.recipe, n=STEPS).compile()
+            self.call = step.train_steps.lower(self.state, *self.data, recipe=self.recipe, n=n).compile()
 
     def __call__(self) -> int:
         self.state, _ = jax.block_until_ready(self.call(self.state, *self.data))
-        return STEPS
+        return self.n
+
+
+class Wide(nnx.Dropout):
+    """Flax's."""
+
+    def __call__(self, x, rngs):
+        return super().__call__(x, deterministic=rngs is None, rngs=rngs)
 
 
 class Sliding:
@@ -63,22 +70,27 @@ class Sliding:
         return jax.block_until_ready(self.call()).shape[1]
 
 
-def sides(trick: str, config: Config) -> dict[str, Training | Sliding]:
+def sides(trick: str, config: Config, n: int) -> dict[str, Training | Sliding]:
     """With the trick, and without it."""
     ours = cores.share(config.mesh, config.model, config.data.batch_size)
     config = resolve(config, 65)
     match trick:
         case "matmul":
-            with_it = Training(config, ours)
+            with_it = Training(config, ours, n)
             matmul.matmul, kept = jax.numpy.matmul, matmul.matmul
             jax.clear_caches()
-            without = Training(config, ours)
+            without = Training(config, ours, n)
             matmul.matmul = kept
         case "devices":
-            with_it, without = Training(config, ours), Training(config, MeshConfig(1))
+            with_it, without = Training(config, ours, n), Training(config, MeshConfig(1), n)
         case "bfloat16":
             half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
-            with_it, without = Training(half, ours), Training(config, ours)
+            with_it, without = Training(half, ours, n), Training(config, ours, n)
+        case "dropout":
+            with_it = Training(config, ours, n)
+            model.Dropout, kept = Wide, model.Dropout
+            without = Training(config, ours, n)
+            model.Dropout = kept
         case "last_block":
             with_it = Sliding(config, sampling._last_logits)
             without = Sliding(config, lambda model, window: model(window)[:, -1])
@@ -88,11 +100,12 @@ def sides(trick: str, config: Config) -> dict[str, Training | Sliding]:
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trick", choices=["matmul", "devices", "bfloat16", "last_block"])
+    parser.add_argument("trick", choices=["matmul", "devices", "bfloat16", "dropout", "last_block"])
     parser.add_argument("--config", default="configs/shakespeare_cpu.yaml")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=20, help="training steps a call")
     args = parser.parse_args()
-    measured = sides(args.trick, load_config(["--config", args.config]))
+    measured = sides(args.trick, load_config(["--config", args.config]), args.steps)
     speeds = {name: [] for name in measured}
     for i in range(args.rounds + 1):
         for name in list(measured)[:: 1 if i % 2 else -1]:

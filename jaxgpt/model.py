@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.attention import Kernel, causal
+from jaxgpt.dropout import Dropout
 from jaxgpt.matmul import dot_general
 from jaxgpt.remat import Remat, call_block
 from jaxgpt.sharding import pin_batch
@@ -46,7 +47,7 @@ class GPTConfig:
     n_embd: int = 128
     """Channels of the residual stream; 0 = vocab_size (the bigram model, whose table holds the logits)."""
     dropout: float = 0.0
-    """Probability of zeroing in attention weights and branch outputs, in [0, 1)."""
+    """Probability of zeroing in attention weights and branch outputs, in [0, 1), to the nearest 1/256."""
     positions: Literal["learned", "none"] = "learned"
     """A learned position embedding table, or no positions at all."""
     lm_head: Literal["linear", "tied", "none"] = "linear"
@@ -160,10 +161,9 @@ class Attention(nnx.Module):
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C = config.width
-        self.n_head = config.n_head
-        self.kernel = config.attention
+        self.n_head, self.kernel = config.n_head, config.attention
         self.query, self.key, self.value = (_linear(config, C, C, config.bias == "all", rngs) for _ in range(3))
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.proj = _linear_into_stream(config, C, rngs)
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
@@ -184,7 +184,7 @@ class Attention(nnx.Module):
         scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         past = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
         weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1).astype(x.dtype)
-        weights = self.dropout(weights, deterministic=rngs is None, rngs=rngs)
+        weights = self.dropout(weights, rngs)
         out = jnp.einsum("...ts,...sd->...td", weights, v).reshape(B, self.n_head, T, -1)
         return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kept  # the heads side by side
 
@@ -214,15 +214,15 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.ln_2 = _layer_norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs) if config.mlp_ratio else None
-        self.dropout = nnx.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.join = operator.add if config.residual else _replace
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
         """(B, T, C) -> (B, T, C) and the attention's keys and values."""
         attended, keys_values = self.attn(self.ln_1(x), keys_values, start, rngs)
-        x = self.join(x, self.dropout(attended, deterministic=rngs is None, rngs=rngs))
+        x = self.join(x, self.dropout(attended, rngs))
         if self.mlp is not None:
-            x = self.join(x, self.dropout(self.mlp(self.ln_2(x)), deterministic=rngs is None, rngs=rngs))
+            x = self.join(x, self.dropout(self.mlp(self.ln_2(x)), rngs))
         return x, keys_values
 
 
@@ -240,7 +240,7 @@ class GPT(nnx.Module):
         learned = config.positions == "learned"
         self.token_embedding_table = _table(config, V, rngs)
         self.position_embedding_table = _table(config, config.block_size, rngs) if learned else None
-        self.dropout = nnx.Dropout(config.dropout if config.embedding_dropout else 0.0)
+        self.dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = ModuleList([Block(config, rngs=rngs) for _ in range(config.n_layer)])
         self.ln_f = _layer_norm(config, rngs)
         self.lm_head = _linear(config, C, V, config.bias != "none", rngs) if config.lm_head == "linear" else None
@@ -272,7 +272,7 @@ class GPT(nnx.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
         start = jnp.int32(0) if cache is None else cache.length
-        x = pin_batch(self.dropout(self.embed(tokens, start), deterministic=rngs is None, rngs=rngs))
+        x = pin_batch(self.dropout(self.embed(tokens, start), rngs))
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
             x, layers[i] = call_block(block, x, layers[i], start, rngs, self.config.remat)
