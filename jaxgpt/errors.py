@@ -20,15 +20,15 @@ from jaxgpt.stopping import Stopped
 from jaxgpt.tokenizer import UnknownCharacterError
 
 AGAIN = "run the same command again on all of them; the last checkpoint is intact"
+FORMATTED = warnings.formatwarning
 
 
 def say_in_one_line(debug: bool) -> None:
     """Our warnings become one line on stderr each; what libraries log of errors that they raise, too, is left out."""
-    formatted = warnings.formatwarning
 
     def ours(message, category, *where):
         named = issubclass(category, CheckpointWarning | LockWarning)
-        return f"jaxgpt: warning: {message}\n" if named else formatted(message, category, *where)
+        return f"jaxgpt: warning: {message}\n" if named else FORMATTED(message, category, *where)
 
     warnings.formatwarning = ours
     if not debug:

@@ -20,6 +20,7 @@ from jaxgpt.config import ConfigError
 from jaxgpt.download import DownloadError
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.run import Run, load
+from jaxgpt.sharding import name_of
 
 TENSORS, CONFIG, PROGRAM = "model.safetensors", "config.json", "model.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -105,7 +106,7 @@ def program(config: GPTConfig) -> jax_export.Exported:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
 
     def logits(arrays, tokens):
-        params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[gpt2.name_of(path)], shapes)
+        params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[name_of(path)], shapes)
         return nnx.merge(graphdef, params)(tokens)
 
     sizes = jax_export.symbolic_shape("b, t", constraints=[f"t <= {config.block_size}"])

@@ -131,7 +131,7 @@ def tensors(
 
 
 def _forward(model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs) -> Iterator[tuple[str, jax.Array]]:
-    x = model.dropout(model.embed(inputs), deterministic=False, rngs=rngs)
+    x = model.dropout(model.embed(inputs), rngs)
     yield "embeddings", x
     for i, block in enumerate(model.blocks):
         x, _ = call_block(block, x, None, jnp.int32(0), rngs, "none")
