@@ -1,6 +1,7 @@
 """AdamW, its schedule and what it decays."""
 
 import dataclasses
+import functools
 
 import jax
 import optax
@@ -41,6 +42,7 @@ class OptimConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}: use a number from 0 up to but not including 1")
 
 
+@functools.cache  # the same one for the same config: a second train() of a process finds its step compiled
 def schedule(config: OptimConfig) -> optax.Schedule:
     """The learning rate of a step (from 0): linear warm-up, cosine decay, then constant.
 
@@ -60,6 +62,7 @@ def decay_mask(params) -> dict:
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
+@functools.cache
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     """Clip, then AdamW. Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization"."""
     adamw = optax.adamw(

@@ -123,10 +123,10 @@ def tensors(
     for part in range(parts):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
         yield from _forward(build(recipe, state.params), cut[0][part], cut[1][part], rngs)
-    _, grads = loss_and_gradient(state.params, batch, dropout_key, recipe)
+    _, grads = jax.jit(loss_and_gradient, static_argnames="recipe")(state.params, batch, dropout_key, recipe)
     yield from _named("gradient of", grads)
     yield "norm of the gradient", optax.tree.norm(grads)
-    updates, _ = recipe.tx.update(grads, state.opt_state, state.params)
+    updates, _ = jax.jit(recipe.tx.update)(grads, state.opt_state, state.params)
     yield from _named("updated", optax.apply_updates(state.params, updates))
 
 

@@ -62,7 +62,7 @@ def wait_for_checkpoint(folder, started):
     pytest.fail(f"no checkpoint: {finish(started, 20)}")
 
 
-@pytest.mark.parametrize("kind", ["text", "folder"])
+@pytest.mark.parametrize("kind", ["text", pytest.param("folder", marks=pytest.mark.long)])
 def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp_path, text_file, kind):
     if kind == "folder":
         prepare(PrepareArgs(str(text_file), str(tmp_path / "tokens"), tokenizer="char", workers=1))

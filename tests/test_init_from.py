@@ -10,11 +10,12 @@ from flax import nnx
 from random_run import SMALL, make_run
 
 import jaxgpt
-from jaxgpt import cli, gpt2, step
+from jaxgpt import cli, gpt2, init_from, sharding, step
 from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import ConfigError
 from jaxgpt.run import OtherRunError
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer
+from jaxgpt.training import set_up
 
 RECIPE = str(pathlib.Path(__file__).parent.parent / "configs" / "finetune_gpt2.yaml")
 SHORT = {
@@ -125,13 +126,15 @@ def test_a_run_without_a_checkpoint_cannot_be_started_from(start, flags, tmp_pat
         jaxgpt.train(jaxgpt.load_config(flags))
 
 
-def test_weights_land_in_the_places_of_a_mesh(start, flags, tmp_path):
-    from test_sharding import on_eight_devices
-
-    mesh = ["--mesh.fsdp", "2", "--mesh.tensor", "2", "--mesh.data", "2", "--train.steps", "1"]
-    said = on_eight_devices(["-m", "jaxgpt", "train", *flags, *mesh]).stdout
-    assert "from the weights of" in said
-    moved = nnx.to_pure_dict(nnx.state(jaxgpt.load(tmp_path / "run", 0).model))
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_weights_land_in_the_places_of_a_mesh(start, flags, axis):
+    config = jaxgpt.load_config([*flags, "--mesh.data", "1", f"--mesh.{axis}", "2"])
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        config, source, recipe, like = set_up(config, mesh)
+        moved = init_from.initial_state(config, init_from.check(config, source.tokenizer), recipe.tx, like).params
+    assert moved["blocks"][0]["mlp"]["fc"]["kernel"].sharding.shard_shape((32, 128)) != (32, 128)
+    assert jax.tree.map(lambda a: a.sharding, moved) == sharding.shardings(mesh, moved)
     chex.assert_trees_all_equal(jax.device_get(moved), start)
 
 

@@ -34,7 +34,7 @@ def on_eight_devices(command, timeout=900):
     "meshes, head, dropout",
     [
         (SOME, "linear", 0.1),
-        ([(1, 1, 1), (2, 1, 1), (8, 1, 1)], "tied", 0.0),  # each device by itself
+        ([(1, 1, 1), (4, 1, 1)], "tied", 0.0),  # each device by itself
         pytest.param(MESHES, "linear", 0.1, marks=pytest.mark.long),
         pytest.param(MESHES, "tied", 0.1, marks=pytest.mark.long),
     ],
@@ -50,14 +50,13 @@ def test_losses_are_the_same_on_every_mesh(meshes, head, dropout):
 
 
 def test_a_run_moves_from_mesh_to_mesh(tiny_config, tmp_path):
-    flags = [*tiny_config, "--model.dropout", "0"]
-    for name, meshes in {"moved": ["1,2,2", "2,1,1"], "stayed": ["1,1,1", "1,1,1"]}.items():
-        for steps, mesh in zip(("20", "40"), meshes):
-            data, fsdp, tensor = mesh.split(",")
-            axes = ["--mesh.data", data, "--mesh.fsdp", fsdp, "--mesh.tensor", tensor, "--optim.decay_steps", "40"]
-            train = ["-m", "jaxgpt", "train", "--config", "configs/shakespeare_cpu.yaml", *flags, *axes]
-            said = on_eight_devices([*train, "--run.dir", str(tmp_path / name), "--train.steps", steps]).stdout
-        assert "continued at step 20" in said and ("on another mesh" in said) == (name == "moved")
+    flags = ["--config", "configs/shakespeare_cpu.yaml", *tiny_config, "--model.dropout", "0"]
+    for steps, (data, fsdp, tensor) in {"20": "122", "40": "211"}.items():
+        axes = ["--mesh.data", data, "--mesh.fsdp", fsdp, "--mesh.tensor", tensor, "--optim.decay_steps", "40"]
+        moved = ["-m", "jaxgpt", "train", *flags, *axes, "--run.dir", str(tmp_path / "moved"), "--train.steps", steps]
+        said = on_eight_devices(moved).stdout
+    assert "continued at step 20" in said and "on another mesh" in said
+    training.train(config.load_config([*flags, "--mesh.data", "1", "--run.dir", str(tmp_path / "stayed")]))
     final = {}
     for name in ("moved", "stayed"):
         records = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())

@@ -49,6 +49,16 @@ def test_a_run_learns_and_leaves_what_the_readme_names(tiny_config, tmp_path):
     assert [sample.split(",")[0] for sample in samples] == [str(n) for n in range(20, 201, 20)]
 
 
+def test_a_second_run_of_a_process_finds_its_step_compiled(tiny_config, tmp_path, monkeypatch):
+    traced, train_step = [], step.train_step
+    monkeypatch.setattr(step, "train_step", lambda *args: traced.append(1) or train_step(*args))
+    config = [*tiny_config, "--optim.beta1", "0.8"]  # which no other test has
+    for seed in ("0", "1"):
+        jaxgpt.train(jaxgpt.load_config([*config, "--run.dir", str(tmp_path / seed), "--seed", seed]))
+        assert len(traced) == 1
+    assert records(tmp_path / "0", "train")[0]["loss"] != records(tmp_path / "1", "train")[0]["loss"]
+
+
 def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
     jaxgpt.train(jaxgpt.load_config(tiny_config))
     start = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
