@@ -9,22 +9,22 @@ import time
 
 import jax
 import numpy as np
-from flax import nnx
 from turns import serve, until
 
 from jaxgpt import chips, cores, distributed, generate, load_config, metrics, sharding
 from jaxgpt.cli import keep_compiled
+from jaxgpt.initial import first_state, init_params
 from jaxgpt.loop import Job
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
-from jaxgpt.step import cast, init_model
-from jaxgpt.training import first_state, set_up, start_record
+from jaxgpt.step import INIT, cast, stream_key
+from jaxgpt.training import set_up, start_record
 
 
 def prepare(config, mesh):
     """The job of a run without a directory, and its first state."""
     config, source, recipe, like = set_up(config, mesh)
     source.split(mesh, config.model.block_size)
-    state = first_state(config, recipe, like)
+    state = first_state(config.model, recipe.tx, config.seed, like)
     sinks = metrics.JsonLines(os.devnull), metrics.Console(config.train.steps)
 
     def emit(record):
@@ -85,7 +85,7 @@ def write(spec):
     """`generate` again and again, as `jaxgpt sample` calls it, on one device."""
     config = resolve(load_config(spec["flags"]), spec["vocab_size"])
     recipe = make_recipe(config, abstract_model(config, jax.default_backend()))
-    params = nnx.to_pure_dict(nnx.state(init_model(config.model, config.seed)))
+    params = init_params(config.model, stream_key(config.seed, INIT))
     model = cast(params, recipe)
     prompt = np.random.default_rng(0).integers(0, spec["vocab_size"], (spec["batch"], spec["prompt"]), np.int32)
     calls = itertools.count()

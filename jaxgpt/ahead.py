@@ -8,7 +8,6 @@ import importlib.util
 import math
 import os
 import re
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import attention, chips, sharding, step, traffic
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.initial import abstract_state
 from jaxgpt.recipe import abstract_model, make_recipe
 
 MOST_CHIPS = 256
@@ -128,8 +128,10 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
-        recipe = make_recipe(config, abstract_model(config, target.platform), mesh)
-        state, batch, key = _shapes(config, recipe, mesh, tokens)
+        model = abstract_model(config, target.platform)
+        recipe = make_recipe(config, model, mesh)
+        state = abstract_state(model, recipe.tx, mesh)
+        batch, key = _shapes(config, recipe, mesh, tokens)
         lowered = step.train_steps.lower(state, batch, key, recipe=recipe, n=1)
     held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                for leaf in jax.tree.leaves((state, batch)))  # fmt: skip
@@ -157,14 +159,13 @@ def _moved(compiled: jax.stages.Compiled) -> tuple[int | None, bool]:
 
 
 def _shapes(config: Config, recipe: step.Recipe, mesh: jax.sharding.Mesh, tokens: int | None):
-    """State, tokens and key of `train_steps`, as shapes in their places."""
+    """Tokens and key of `train_steps`, as shapes in their places."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(partial(step.new_state, config.model, recipe.tx), key)
     rows = recipe.batch_size * recipe.grad_accumulation
     shape, spec = ((tokens,), P()) if tokens else ((1, rows, recipe.block_size + 1), P(None, sharding.BATCH))
     batch = jax.ShapeDtypeStruct(shape, np.min_scalar_type(config.model.vocab_size - 1))
-    places = sharding.shardings(mesh, state), NamedSharding(mesh, spec), NamedSharding(mesh, P())
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (state, batch, key), places)
+    places = NamedSharding(mesh, spec), NamedSharding(mesh, P())
+    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (batch, key), places)
 
 
 def estimate_step(config: Config, target: Target, parameters: int) -> Needs:

@@ -255,4 +255,4 @@ def keep_compiled() -> None:
     except (OSError, download.DownloadError):
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -4,7 +4,6 @@ A batch is a pure function of (key, split, step): resuming needs no iterator, an
 """
 
 import dataclasses
-from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -77,19 +76,25 @@ def batch(key: jax.Array, tokens: jax.Array, step, batch_size: int, block_size: 
     Returns:
         inputs and targets, each (B, T) int32; the targets are the inputs one token later.
     """
-    return inputs_and_targets(_windows(key, tokens, step, batch_size, block_size))
+    return inputs_and_targets(_cut(tokens, _starts(key, step, batch_size, len(tokens) - block_size), block_size))
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4))
 def batches(key: jax.Array, tokens: jax.Array, n: int, batch_size: int, block_size: int) -> jax.Array:
     """The windows of `batch` for steps 0 to n - 1 as (n, B, T + 1), of the dtype of the tokens."""
-    return jax.vmap(lambda step: _windows(key, tokens, step, batch_size, block_size))(jnp.arange(n))
+    starts = _all_starts(key, jnp.arange(n), batch_size, len(tokens) - block_size)  # compiled once for both splits
+    return jax.jit(_cut, static_argnums=2)(tokens, starts, block_size)
 
 
-def _windows(key, tokens, step, batch_size, block_size):
+def _starts(key, step, batch_size, room):
+    return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, room)
+
+
+_all_starts = jax.jit(jax.vmap(_starts, in_axes=(None, 0, None, None)), static_argnums=2)
+
+
+def _cut(tokens, starts, block_size):
     chex.assert_rank(tokens, 1)
-    starts = jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, len(tokens) - block_size)
-    return tokens[starts[:, None] + jnp.arange(block_size + 1)]
+    return tokens[starts[..., None] + jnp.arange(block_size + 1)]
 
 
 def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:

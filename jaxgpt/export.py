@@ -18,9 +18,11 @@ from safetensors.numpy import save_file
 from jaxgpt import gpt2, hf_tokenizer
 from jaxgpt.config import ConfigError
 from jaxgpt.download import DownloadError
+from jaxgpt.initial import abstract
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.run import Run, load
 from jaxgpt.sharding import name_of
+from jaxgpt.step import params_of
 
 TENSORS, CONFIG, PROGRAM = "model.safetensors", "config.json", "model.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -72,7 +74,7 @@ def export(args: ExportArgs) -> list[str]:
 def write_huggingface(folder: pathlib.Path, run: Run) -> None:
     """config.json, model.safetensors and the tokenizer, as transformers saves them."""
     config = gpt2.from_config(run.model.config, run.tokenizer.end_of_text)
-    tensors = gpt2.to_tensors(nnx.to_pure_dict(nnx.state(run.model)), run.model.config)
+    tensors = gpt2.to_tensors(params_of(run.model), run.model.config)
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     _write_json(folder / CONFIG, config)
     hf_tokenizer.write(folder, run.tokenizer, run.model.config.block_size)
@@ -103,7 +105,7 @@ def program(config: GPTConfig) -> jax_export.Exported:
     """The model as a program: {name: array} and (B, T) int32 tokens, T at most block_size -> (B, T, V) float32."""
     config = dataclasses.replace(config, attention="xla", remat="none")  # what every platform has
     shapes = gpt2.shapes(config)
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
+    graphdef = nnx.graphdef(abstract(config))
 
     def logits(arrays, tokens):
         params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[name_of(path)], shapes)
@@ -116,7 +118,7 @@ def program(config: GPTConfig) -> jax_export.Exported:
 
 def arrays(model: GPT) -> dict[str, np.ndarray]:
     """The parameters of a model by their dotted names, float32."""
-    return {name: np.ascontiguousarray(leaf) for name, leaf in gpt2.flat(nnx.to_pure_dict(nnx.state(model))).items()}
+    return {name: np.ascontiguousarray(leaf) for name, leaf in gpt2.flat(params_of(model)).items()}
 
 
 def _write_json(path: pathlib.Path, content: dict) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from jaxgpt.checkpoint import CheckpointError
-from jaxgpt.model import GPT, LAYER_NORM_EPSILON, GPTConfig
+from jaxgpt.initial import abstract
+from jaxgpt.model import LAYER_NORM_EPSILON, GPTConfig
 from jaxgpt.sharding import name_of
+from jaxgpt.step import params_of
 
 OUTSIDE = {
     "token_embedding_table.embedding": "wte.weight",
@@ -64,7 +65,7 @@ def plain(name: str) -> str:
 
 def shapes(config: GPTConfig) -> dict[str, Any]:
     """The parameters of a model as descriptions: the nested dict with shapes and dtypes."""
-    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0)))))
+    return params_of(abstract(config))
 
 
 def flat(params: dict[str, Any]) -> dict[str, Any]:

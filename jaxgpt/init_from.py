@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from jaxgpt import tokenizer as tokenizers
@@ -12,7 +11,7 @@ from jaxgpt.checkpoint import CheckpointError, Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPTConfig
 from jaxgpt.run import CHECKPOINTS, TOKENIZER, files_of, read_files
-from jaxgpt.step import TrainState
+from jaxgpt.step import TrainState, init_state
 from jaxgpt.tokenizer import Tokenizer
 
 FREE = {"dropout", "embedding_dropout", "init", "attention", "remat", "block_size"}  # the weights do not decide these
@@ -85,6 +84,6 @@ def initial_state(config: Config, theirs: GPTConfig, tx: optax.GradientTransform
 
     def begin(params: dict[str, Any]) -> TrainState:
         params = jax.tree.map(lambda p, a: p[: a.shape[0]] if a.ndim else p, params, like.params)
-        return TrainState(jnp.int32(0), params, tx.init(params))
+        return init_state(params, tx)
 
     return jax.jit(begin, out_shardings=jax.tree.map(lambda a: a.sharding, like))(params)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jaxgpt import attention, sharding
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.initial import abstract
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.step import Recipe
@@ -50,7 +51,7 @@ def abstract_model(config: Config, platform: str) -> GPT:
     model, dtype = config.model, jnp.dtype(config.train.dtype)
     kernel = attention.choose(model.attention, platform, dtype, model.block_size, model.width // model.n_head)
     model = dataclasses.replace(model, attention=kernel)
-    return nnx.eval_shape(lambda: GPT(model, rngs=nnx.Rngs(0)))
+    return abstract(model)
 
 
 def make_recipe(config: Config, model: GPT, mesh: Mesh | None = None) -> Recipe:

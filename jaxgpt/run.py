@@ -18,7 +18,9 @@ from jaxgpt import distributed, storage
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxgpt.config import Config
+from jaxgpt.initial import abstract
 from jaxgpt.model import GPT
+from jaxgpt.step import params_of
 from jaxgpt.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer.json", "checkpoints"
@@ -81,13 +83,12 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
         raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
     facts = checkpoints.manifest(step)
     _check_files(folder, config, facts)
-    abstract = nnx.eval_shape(lambda: GPT(config.model, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    model = abstract(config.model)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), nnx.to_pure_dict(state))
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), params_of(model))
     params = checkpoints.restore(step, {"params": like})["params"]
     checkpoints.close()
-    return Run(folder, config, tokenizer, nnx.merge(graphdef, params), step, facts["corpus_sha256"])
+    return Run(folder, config, tokenizer, nnx.merge(nnx.graphdef(model), params), step, facts["corpus_sha256"])
 
 
 def read_files(folder: pathlib.Path, named: str) -> tuple[Config, Tokenizer]:

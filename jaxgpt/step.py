@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jaxgpt import data, sharding
-from jaxgpt.model import GPT, GPTConfig
+from jaxgpt.model import GPT
 
 # one PRNG stream a purpose, so that no key is used twice
 INIT, TRAIN, VAL, ESTIMATE, DROPOUT, SAMPLE = range(6)
@@ -53,20 +53,14 @@ def stream_key(seed: int, stream: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
-def init_model(config: GPTConfig, seed: int) -> GPT:
-    """A new model, made in one compiled call: one operation at a time takes seconds."""
-    return jax.jit(lambda key: GPT(config, rngs=nnx.Rngs(params=key)))(stream_key(seed, INIT))
+def params_of(model: nnx.Module) -> dict[str, Any]:
+    """The parameters as a nested dict, as TrainState and checkpoints have them."""
+    return nnx.to_pure_dict(nnx.state(model))
 
 
-def init_state(model: GPT, tx: optax.GradientTransformation) -> TrainState:
+def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    params = nnx.to_pure_dict(nnx.state(model))
     return TrainState(jnp.int32(0), params, tx.init(params))
-
-
-def new_state(config: GPTConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """A new model's state, to be made under jit in the places that it is to live."""
-    return init_state(GPT(config, rngs=nnx.Rngs(params=key)), tx)
 
 
 def build(recipe: Recipe, params: dict[str, Any]) -> GPT:

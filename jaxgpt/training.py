@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from functools import partial
 from typing import NamedTuple
 
 import flax
@@ -13,11 +12,12 @@ from flax import nnx
 
 from jaxgpt import chips, cores, distributed, init_from, lock, metrics, report, sharding, storage
 from jaxgpt.config import Config
+from jaxgpt.initial import abstract_state, first_state
 from jaxgpt.loop import Job, run_steps
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
 from jaxgpt.run import Run, begin, facts_of, find_step, publish
 from jaxgpt.source import Source, describe, open_source
-from jaxgpt.step import INIT, Recipe, TrainState, cast, evaluate, new_state, stream_key
+from jaxgpt.step import Recipe, TrainState, cast, evaluate
 from jaxgpt.stopping import stop_requests
 
 
@@ -65,17 +65,9 @@ def set_up(config: Config, mesh: jax.sharding.Mesh) -> Setup:
     source = open_source(config.data)
     config = resolve(config, source.tokenizer.vocab_size)
     sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
-    recipe = make_recipe(config, abstract_model(config, jax.default_backend()), mesh)
-    like = jax.eval_shape(partial(new_state, config.model, recipe.tx), stream_key(config.seed, INIT))
-    places = sharding.shardings(mesh, like)
-    like = jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), like, places)
-    return Setup(config, source, recipe, like)
-
-
-def first_state(config: Config, recipe: Recipe, like: TrainState) -> TrainState:
-    """The state of a new model, born where `like` says."""
-    new = jax.jit(partial(new_state, config.model, recipe.tx), out_shardings=jax.tree.map(lambda a: a.sharding, like))
-    return new(stream_key(config.seed, INIT))
+    model = abstract_model(config, jax.default_backend())
+    recipe = make_recipe(config, model, mesh)
+    return Setup(config, source, recipe, abstract_state(model, recipe.tx, mesh))
 
 
 def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
@@ -89,7 +81,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     if resumed is None and theirs is not None:
         state = init_from.initial_state(config, theirs, recipe.tx, like)
     elif resumed is None:
-        state = first_state(config, recipe, like)
+        state = first_state(config.model, recipe.tx, config.seed, like)
     else:
         state = TrainState(**checkpoints.restore(resumed, vars(like)))
 

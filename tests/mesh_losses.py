@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt import sharding, step
-from jaxgpt.model import GPT, GPTConfig
+from jaxgpt import initial, sharding, step
+from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer, schedule
 
 # 65 ids are divided by no axis; accumulation is on
@@ -34,17 +34,15 @@ def losses(sizes: list[int]) -> list[float]:
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
     tokens = np.random.default_rng(0).integers(0, 65, 2000).astype(np.uint8)
     with jax.set_mesh(mesh):
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: GPT(CONFIG, rngs=nnx.Rngs(0))))
+        model = initial.abstract(CONFIG)
         apart = sharding.works_apart(mesh, CONFIG.dropout)
-        recipe = step.Recipe(graphdef, optimizer(OPTIM), schedule(OPTIM), 8, 16, 2, jnp.dtype("float32"), 1, apart)
-
-        def new():
-            return step.new_state(CONFIG, recipe.tx, step.stream_key(0, step.INIT))
-
-        where = sharding.shardings(mesh, jax.eval_shape(new))
-        state = jax.jit(new, out_shardings=where)()
+        recipe = step.Recipe(
+            nnx.graphdef(model), optimizer(OPTIM), schedule(OPTIM), 8, 16, 2, jnp.dtype("float32"), 1, apart
+        )
+        like = initial.abstract_state(model, recipe.tx, mesh)
+        state = initial.first_state(CONFIG, recipe.tx, 0, like)
         state, metrics = step.train_steps(state, sharding.place(mesh, tokens), jax.random.key(0), recipe=recipe, n=30)
-        kept = jax.tree.map(lambda a, at: a.sharding.is_equivalent_to(at, a.ndim), state, where)
+        kept = jax.tree.map(lambda a, at: a.sharding.is_equivalent_to(at.sharding, a.ndim), state, like)
         assert all(jax.tree.leaves(kept)), "a step moved the state"
         split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
         assert bool(split) == (sizes[1] * sizes[2] > 1)

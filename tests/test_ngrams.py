@@ -9,9 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import corpus, data, ngrams
+from jaxgpt.initial import init_model
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer, schedule
-from jaxgpt.step import TRAIN, Recipe, build, evaluate, init_model, init_state, stream_key, train_steps
+from jaxgpt.step import TRAIN, Recipe, build, evaluate, init_state, params_of, stream_key, train_steps
 from jaxgpt.tokenizer import CharTokenizer
 
 V = 4
@@ -32,7 +33,7 @@ def train(config, tokens, steps, learning_rate, batch_size=1024):
     )
     model, tx = init_model(config, 0), optimizer(optim)
     recipe = Recipe(nnx.graphdef(model), tx, schedule(optim), batch_size, config.block_size, 1, jnp.dtype("float32"))
-    state, _ = train_steps(init_state(model, tx), tokens, stream_key(0, TRAIN), recipe=recipe, n=steps)
+    state, _ = train_steps(init_state(params_of(model), tx), tokens, stream_key(0, TRAIN), recipe=recipe, n=steps)
     return build(recipe, state.params)
 
 

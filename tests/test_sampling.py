@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import sampling
+from jaxgpt.initial import init_model
 from jaxgpt.model import GPTConfig
 from jaxgpt.sampling import filter_logits, generate, make_rule, sample, stream
-from jaxgpt.step import init_model
 
 # weights far from uniform, so that a wrong cache shows
 MODEL = init_model(GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16, init="torch"), seed=0)

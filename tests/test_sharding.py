@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import chex
 import jax
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import checkpoint, config, sharding, step, training
+from jaxgpt import checkpoint, config, initial, sharding, step, training
 from jaxgpt import recipe as recipes
 from jaxgpt.model import GPTConfig
 from jaxgpt.sharding import MeshConfig, MeshError
@@ -72,9 +73,9 @@ def files():
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
 def test_every_parameter_of_every_recipe_matches_one_rule_and_so_do_its_moments(path):
     resolved = recipes.resolve(config.load_config(["--config", str(path)]), 65)
-    recipe = recipes.make_recipe(resolved, recipes.abstract_model(resolved, "cpu"))
-    state = jax.eval_shape(lambda: step.new_state(resolved.model, recipe.tx, jax.random.key(0)))
-    specs = sharding.specs(state)
+    model = recipes.abstract_model(resolved, "cpu")
+    recipe = recipes.make_recipe(resolved, model)
+    specs = sharding.specs(jax.eval_shape(partial(step.init_state, tx=recipe.tx), step.params_of(model)))
     adam = specs.opt_state[1][0]
     assert specs.params == adam.mu == adam.nu
     assert specs.step == adam.count == P()
@@ -139,7 +140,7 @@ def test_vocabularies_are_padded_for_mesh_and_tiles(size, tensor, rows):
 @pytest.mark.parametrize("lm_head", ["tied", "linear"])
 def test_padding_is_never_seen_and_changes_nothing(lm_head):
     model_config = GPTConfig(vocab_size=1030, block_size=8, n_layer=1, n_head=2, n_embd=16, lm_head=lm_head)
-    model = step.init_model(model_config, 0)
+    model = initial.init_model(model_config, 0)
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
     tokens = jnp.arange(1022, 1030, dtype=jnp.int32)[None]

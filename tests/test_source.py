@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import cli, sharding, source, step, token_folder
+from jaxgpt import cli, initial, sharding, source, step, token_folder
 from jaxgpt.data import DataConfig
 from jaxgpt.prepare import PrepareArgs, prepare
 from jaxgpt.sharding import MeshConfig
@@ -103,14 +103,14 @@ def test_batches_and_their_windows_give_the_same_step(text_file):
     from jaxgpt import data, optim
 
     settings = optim.OptimConfig(decay_steps=9)
-    graphdef = nnx.graphdef(step.init_model(config, 0))
+    graphdef = nnx.graphdef(initial.abstract(config))
     recipe = step.Recipe(
         graphdef, optim.optimizer(settings), optim.schedule(settings), 4, 8, 1, jax.numpy.dtype("float32")
     )
     tokens, key = jax.numpy.arange(500) % 65, jax.random.key(0)
 
     def state():
-        return step.init_state(step.init_model(config, 0), recipe.tx)
+        return step.init_state(step.params_of(initial.init_model(config, 0)), recipe.tx)
 
     batches = [data.batch(jax.random.fold_in(key, step.TRAIN), tokens, i, 4, 8) for i in range(3)]
     windows = np.stack([np.concatenate([inputs, targets[:, -1:]], axis=1) for inputs, targets in batches])

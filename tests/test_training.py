@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, chips, loop, recipe, step
+from jaxgpt import checkpoint, chips, initial, loop, optim, recipe, step
 from jaxgpt import run as run_module
 from jaxgpt.checkpoint import CheckpointError
 from jaxgpt.run import OtherRunError
@@ -30,8 +30,8 @@ def params_of(run_dir, step):
 
 def opt_state_of(config, step_number):
     config = recipe.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
-    model = step.init_model(config.model, 0)
-    like = vars(step.init_state(model, recipe.make_recipe(config, model).tx))
+    params = initial.init_params(config.model, jax.random.key(0))
+    like = vars(step.init_state(params, optim.optimizer(config.optim)))
     return checkpoint.Checkpoints(f"{config.run.dir}/checkpoints").restore(step_number, like)["opt_state"]
 
 
