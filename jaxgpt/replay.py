@@ -61,11 +61,11 @@ def replay(args: ReplayArgs) -> Finding:
     mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
     with jax.set_mesh(mesh):
         setup = set_up(config, mesh)
-        before, checkpoint = _state_before(args, setup)
+        before, checkpoint = _state_before(args, setup, mesh)
         return _examine(setup, before, args.step, checkpoint)
 
 
-def _state_before(args: ReplayArgs, setup: Setup) -> tuple[TrainState, int]:
+def _state_before(args: ReplayArgs, setup: Setup, mesh: jax.sharding.Mesh) -> tuple[TrainState, int]:
     config, source, recipe, like = setup
     checkpoints = Checkpoints(f"{args.run}/{CHECKPOINTS}")
     from_step = max((n for n in checkpoints.steps() if n < args.step and not checkpoints.damage(n)), default=None)
@@ -74,7 +74,7 @@ def _state_before(args: ReplayArgs, setup: Setup) -> tuple[TrainState, int]:
     sha256 = checkpoints.manifest(from_step)["corpus_sha256"]
     if sha256 not in (None, source.sha256):
         raise DataError(f"not the text that the run learned from ({source.name}, sha256 {source.sha256}, was {sha256})")
-    source.split(jax.sharding.get_mesh(), config.model.block_size)
+    source.split(mesh, config.model.block_size)
     state = TrainState(**checkpoints.restore(from_step, vars(like)))
     checkpoints.close()
     key, cut = jax.random.key(config.seed), list(_calls_up_to(config, from_step, args.step - 1))
