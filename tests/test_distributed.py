@@ -81,10 +81,14 @@ def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp
     chex.assert_trees_all_equal(*params)
 
 
-def test_what_the_first_process_finds_out_about_the_run_directory_all_know(tiny_config, tmp_path):
+def test_all_processes_know_that_the_run_directory_is_busy(tiny_config, tmp_path):
     with lock.held(tmp_path / "run", ""):
         codes, outputs = finish(start(tiny_config, processes=2), 60)
     assert codes == [6, 6] and all(f"pid {os.getpid()} on" in output for output in outputs), outputs
+
+
+@pytest.mark.long
+def test_all_processes_know_that_a_checkpoint_is_damaged(tiny_config, tmp_path):
     codes, outputs = finish(start(tiny_config, processes=2), 120)
     assert codes == [0, 0], outputs
     (tmp_path / "run" / "checkpoints" / "40" / "state" / "_METADATA").write_bytes(b"")
