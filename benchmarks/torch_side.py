@@ -31,7 +31,7 @@ def build(spec):
     bias = sizes["bias"] == "all"
     if spec["nanogpt"]:
         where = importlib.util.spec_from_file_location("nanogpt_model", pathlib.Path(spec["nanogpt"], "model.py"))
-        theirs = importlib.util.module_from_spec(where)
+        theirs = sys.modules[where.name] = importlib.util.module_from_spec(where)  # torch.compile looks there
         where.loader.exec_module(theirs)
         model = theirs.GPT(theirs.GPTConfig(**shape, vocab_size=rows, bias=bias))
     elif spec["reference"] == "lecture/bigram":

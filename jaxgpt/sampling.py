@@ -9,6 +9,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxgpt.model import GPT, Cache
 
@@ -18,9 +19,9 @@ NOISE = 1 << 26  # random numbers drawn at a time
 class Rule(NamedTuple):
     """How a token is chosen from the logits; None leaves a rule out. The numbers are traced: no recompilation."""
 
-    temperature: jax.Array
-    top_k: jax.Array | None
-    top_p: jax.Array | None
+    temperature: np.float32
+    top_k: np.int32 | None
+    top_p: np.float32 | None
 
 
 def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Rule:
@@ -36,9 +37,9 @@ def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float |
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: use a probability above 0 and up to 1")
     return Rule(
-        jnp.float32(temperature),
-        None if top_k is None else jnp.int32(min(top_k, jnp.iinfo(jnp.int32).max)),
-        None if top_p is None else jnp.float32(top_p),
+        np.float32(temperature),
+        None if top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
+        None if top_p is None else np.float32(top_p),
     )
 
 
@@ -88,23 +89,27 @@ def _noise(key: jax.Array, first: jax.Array, n: int, rows: int, model: GPT) -> j
     return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), shape))(first + jnp.arange(n))
 
 
-@jax.jit
-def _prefill(model: GPT, window: jax.Array, length: jax.Array, key: jax.Array, rule: Rule):
-    """The first new token after the `length` tokens of a (B, T) window, padded behind, and their cache.
+def _empty(model: GPT, rows: int) -> Cache:
+    """A cache of no tokens."""
+    config, dtype = model.config, model.token_embedding_table.embedding.dtype
+    none = jnp.zeros((rows * config.n_head, config.block_size, config.width // config.n_head), dtype)
+    return Cache(((none, none),) * config.n_layer, np.int32(0))
 
-    What stands behind `length` is never looked at: attention is causal, and decoding overwrites it.
+
+@jax.jit
+def _prefill(model: GPT, window: jax.Array, length: jax.Array) -> Cache:
+    """The cache of the first `length` tokens of a (B, T) window.
+
+    What stands behind them is never looked at: attention is causal, and decoding overwrites it.
     """
-    x, cache = model.hidden(window)
-    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
-    (noise,) = _noise(key, 0, 1, len(window), model)
+    _, cache = model.hidden(window)
     room = [(0, 0), (0, model.config.block_size - window.shape[1]), (0, 0)]
-    layers = jax.tree.map(lambda a: jnp.pad(a, room), cache.layers)
-    return sample(model.logits(last)[:, 0], noise, rule), Cache(layers, length)
+    return Cache(jax.tree.map(lambda a: jnp.pad(a, room), cache.layers), length)
 
 
 @partial(jax.jit, static_argnames="n")
 def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """`n` further tokens (B, n), numbers `first` and on, while the cache has room."""
+    """`n` further tokens (B, n), numbers `first` and on, while the cache has room; the last of them, and the cache."""
 
     def step(carry, noise):
         token, cache = carry
@@ -112,8 +117,8 @@ def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Ru
         token = sample(model.logits(x)[:, 0], noise, rule)
         return (token, cache), token
 
-    (_, cache), tokens = jax.lax.scan(step, (token, cache), _noise(key, first, n, len(token), model))
-    return tokens.T, cache
+    (token, cache), tokens = jax.lax.scan(step, (token, cache), _noise(key, first, n, len(token), model))
+    return tokens.T, token, cache
 
 
 def _last_logits(model: GPT, window: jax.Array) -> jax.Array:
@@ -133,7 +138,7 @@ def _last_logits(model: GPT, window: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="n")
 def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """`n` further tokens (B, n) after a full (B, block_size) window, cropped for each as the lecture does.
+    """`n` further tokens (B, n) after a full (B, block_size) window, cropped for each as the lecture does; the window.
 
     Positions are learned, so a token that moves in the window has other keys and values: no cache is valid here.
     """
@@ -142,8 +147,8 @@ def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax
         token = sample(_last_logits(model, window), noise, rule)
         return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
 
-    _, tokens = jax.lax.scan(step, window, _noise(key, first, n, len(window), model))
-    return tokens.T
+    window, tokens = jax.lax.scan(step, window, _noise(key, first, n, len(window), model))
+    return tokens.T, window
 
 
 def stream(
@@ -168,22 +173,25 @@ def stream(
     if not isinstance(prompt, jax.core.Tracer) and not (0 <= prompt.min() and prompt.max() < config.vocab_size):
         raise ValueError(f"a token of the prompt is not in the vocabulary: use ids from 0 to {config.vocab_size - 1}")
 
-    window = jnp.asarray(prompt, jnp.int32)[:, -config.block_size :]
-    cached, done = window.shape[1], 1
-    width = min(config.block_size, max(8, 1 << (cached - 1).bit_length()))  # few widths, few compilations
-    padded = jnp.pad(window, ((0, 0), (0, width - cached)))
-    token, cache = _prefill(model, padded, jnp.int32(cached), key, rule)
-    tokens, most = token[:, None], max(NOISE // (len(window) * config.vocab_size), 1)
-    yield tokens
+    window, token = (jnp.asarray(part, jnp.int32) for part in (prompt[:, -config.block_size :], prompt[:, -1]))
+    rows, cached = len(window), window.shape[1] - 1  # all but the last token, which decoding begins with
+    room = config.block_size - cached if cached < config.block_size - 1 else 0  # a full window slides at once
+    if room and cached:
+        width = min(config.block_size, 1 << (cached - 1).bit_length())  # few widths, few compilations
+        cache = _prefill(model, jnp.pad(window[:, :-1], ((0, 0), (0, width - cached))), np.int32(cached))
+    else:
+        cache = _empty(model, rows)
+    seen, done, most = [window], 0, max(NOISE // (rows * config.vocab_size), 1)
+    while done < max_new_tokens and room:
+        n = min(chunk, most, max_new_tokens - done, room)
+        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), n)
+        seen.append(tokens)
+        done, room = done + n, room - n
+        yield tokens
+    window = jnp.concatenate(seen, axis=1)[:, -config.block_size :]
     while done < max_new_tokens:
-        window = jnp.concatenate([window, tokens], axis=1)[:, -config.block_size :]
-        room = config.block_size - cached
-        n = min(chunk, most, max_new_tokens - done, room or chunk)
-        if room:
-            tokens, cache = _decode(model, window[:, -1], cache, key, rule, jnp.int32(done), n)
-            cached += n
-        else:
-            tokens = _slide(model, window, key, rule, jnp.int32(done), n)
+        n = min(chunk, most, max_new_tokens - done)
+        tokens, window = _slide(model, window, key, rule, np.int32(done), n)
         done += n
         yield tokens
 

@@ -38,7 +38,7 @@ def tiny_config(tmp_path, text_file):
     """The flags of a run that takes a second."""
     return [
         *("--data.path", str(text_file), "--run.dir", str(tmp_path / "run")),
-        *("--model.block_size", "16", "--model.n_layer", "2", "--model.n_head", "2", "--model.n_embd", "16"),
+        *("--model.block_size", "16", "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16"),
         *("--data.batch_size", "4", "--model.dropout", "0.1", "--optim.warmup_steps", "5"),
         *("--train.steps", "40", "--train.eval_interval", "20", "--train.eval_batches", "2"),
         *("--train.steps_per_call", "5", "--train.log_interval", "5", "--run.checkpoint_interval", "10"),

@@ -183,8 +183,8 @@ def test_errors_have_the_documented_exit_codes(capsys, tmp_path, tiny_config, te
     assert error_of(capsys, ["eval", "--run", str(tmp_path / "nowhere")])[0] == 4
     assert cli.main(train) == 0
     capsys.readouterr()
-    code, message = error_of(capsys, [*train, "--model.n_layer", "1"])
-    assert code == 6 and "model.n_layer (was 2, now 1)" in message
+    code, message = error_of(capsys, [*train, "--model.n_layer", "2"])
+    assert code == 6 and "model.n_layer (was 1, now 2)" in message
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(capsys, tmp_path, tiny_config):

@@ -215,6 +215,16 @@ def test_both_sides_write_as_many_tokens_with_the_same_model(compared, one_threa
         assert done["amount"] % 63 == 0 and done["amount"] > 0  # a window, without the token of the prompt
 
 
+@pytest.mark.parity
+def test_a_clone_s_model_is_in_the_module_where_torch_compile_looks_for_it(compared, tmp_path):
+    import torch_side
+
+    clone = "import torch, types\n\nGPTConfig = types.SimpleNamespace\n\nclass GPT(torch.nn.Linear):\n"
+    (tmp_path / "model.py").write_text(clone + "    def __init__(self, config):\n        super().__init__(1, 1)\n")
+    model = torch_side.build(compared("recipe").torch_spec(compiled=True, seed=1) | {"nanogpt": str(tmp_path)})
+    assert sys.modules[type(model).__module__].GPT is type(model)
+
+
 def test_sides_that_differ_are_not_compared():
     same = {"parameters": 42, "tokens_per_step": 8}
     comparison.check_same_work({"ours": same, "theirs": dict(same)})

@@ -30,7 +30,7 @@ def test_a_repeated_step_has_the_loss_that_training_recorded(tiny_config, tmp_pa
 
 def test_the_first_tensor_that_is_not_finite_is_named(tiny_config, tmp_path, capsys):
     run = tmp_path / "run"
-    jaxgpt.train(jaxgpt.load_config(tiny_config))
+    jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.n_layer", "2"]))
     checkpoints = checkpoint.Checkpoints(run / "checkpoints")
     facts = checkpoints.manifest(30)
     config = jaxgpt.load_config(["--config", str(run / "config.yaml")])

@@ -40,7 +40,8 @@ def opened(path):
 
 
 def test_a_run_learns_from_a_folder_and_evaluates_the_whole_split(flags, tmp_path, capsys):
-    run = jaxgpt.train(jaxgpt.load_config([*flags, "--train.steps", "150", "--optim.learning_rate", "1e-2"]))
+    more = ["--train.steps", "150", "--train.eval_batches", "10", "--optim.learning_rate", "1e-2"]
+    run = jaxgpt.train(jaxgpt.load_config([*flags, *more]))
     evals = records(run.dir, "eval")
     assert evals[0]["val_loss"] == pytest.approx(math.log(300), abs=0.1)
     assert evals[-1]["val_loss"] < 0.7 * evals[0]["val_loss"]

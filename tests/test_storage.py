@@ -86,7 +86,7 @@ def test_a_read_only_disk_is_found_before_compiling(command, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_a_write_that_the_kernel_refuses_is_exit_7_and_the_step_does_not_count(command, tmp_path):
-    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))"
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"
     program = f"import os, resource, sys; {limit}; os.execv(sys.argv[1], sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, cwd=ROOT)
     errors = [line for line in done.stderr.splitlines() if line.startswith("jaxgpt: error: ")]
