@@ -98,7 +98,8 @@ def plan_run(argv: Sequence[str]) -> None:
 
 def _need_recipe(argv: Sequence[str]) -> None:
     if not any(word.split("=")[0] == "--config" for word in argv):
-        raise ConfigError(f"no recipe (--config): choose one\n{recipes()}")
+        print(recipes())
+        raise ConfigError("no recipe (--config): choose one of those above")
 
 
 def recipes() -> str:

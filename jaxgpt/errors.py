@@ -14,6 +14,7 @@ from jaxgpt.config import ConfigError
 from jaxgpt.distributed import PeerLostError
 from jaxgpt.lock import BusyError, LockWarning
 from jaxgpt.loop import NonFiniteError
+from jaxgpt.metrics import harmless
 from jaxgpt.processes import ProcessError
 from jaxgpt.run import OtherRunError
 from jaxgpt.stopping import Stopped
@@ -28,7 +29,7 @@ def say_in_one_line(debug: bool) -> None:
 
     def ours(message, category, *where):
         named = issubclass(category, CheckpointWarning | LockWarning)
-        return f"jaxgpt: warning: {message}\n" if named else FORMATTED(message, category, *where)
+        return f"jaxgpt: warning: {harmless(str(message))}\n" if named else FORMATTED(message, category, *where)
 
     warnings.formatwarning = ours
     if not debug:
@@ -38,7 +39,15 @@ def say_in_one_line(debug: bool) -> None:
 
 
 def describe(error: BaseException) -> tuple[int, str]:
-    """The exit code and the message of an error."""
+    """The exit code and the message of an error: one line without control characters, whatever it quotes.
+
+    A bug's is as it is.
+    """
+    code, message = _describe(error)
+    return code, message if code == 1 else harmless(" ".join(message.splitlines()))
+
+
+def _describe(error: BaseException) -> tuple[int, str]:
     text = str(error) or type(error).__name__
     match error:
         case _ if distributed.lost_peer(error):

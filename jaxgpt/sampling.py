@@ -37,7 +37,7 @@ def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float |
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: use a probability above 0 and up to 1")
     return Rule(
-        np.float32(temperature),
+        np.float32(min(temperature, float(np.finfo(np.float32).max))),
         None if top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
         None if top_p is None else np.float32(top_p),
     )
