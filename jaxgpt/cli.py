@@ -236,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         code, message = describe(error)
-        print(message if code in (75, 130) else f"jaxgpt: error: {message}", file=sys.stderr)
+        if code:
+            print(message if code in (75, 130) else f"jaxgpt: error: {message}", file=sys.stderr)
         if code == 1 and not debug:
             print(
                 "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr

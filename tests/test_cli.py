@@ -125,6 +125,14 @@ def test_only_the_text_goes_to_stdout(run_dir, capsys):
     assert capsys.readouterr().out != whole
 
 
+@pytest.mark.parametrize("more", [[], ["--stream"]])
+def test_a_reader_that_leaves_early_is_no_error(run_dir, more):
+    command = [sys.executable, "-m", "jaxgpt", "sample", "--run", str(run_dir), "--max_new_tokens", "40", *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read().splitlines() == [f"run {run_dir}, step 30"] and process.wait() == 0
+
+
 def test_several_samples_are_separated_by_dashes(run_dir, capsys):
     assert cli.main(["sample", "--run", str(run_dir), "--num_samples", "3", "--max_new_tokens", "5"]) == 0
     assert capsys.readouterr().out.count("\n---------------\n") == 2
