@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -44,7 +45,7 @@ def describe(error: BaseException) -> tuple[int, str]:
     A bug's is as it is.
     """
     code, message = _describe(error)
-    return code, message if code == 1 else harmless(" ".join(message.splitlines()))
+    return code, message if code == 1 else harmless(re.sub(r"\s", " ", message))
 
 
 def _describe(error: BaseException) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,8 +56,11 @@ def read(folder: epath.Path) -> dict[str, Any]:
         raise DamagedError(f"{MANIFEST} cannot be read") from None
     if text != _sealed(content):
         raise DamagedError(f"{MANIFEST} was changed")
-    if content["format"] != FORMAT:
-        raise OtherFormatError(f"format {content['format']}, this jaxgpt reads {FORMAT}")
+    if content.get("format") != FORMAT:
+        raise OtherFormatError(f"format {content.get('format')}, this jaxgpt reads {FORMAT}")
+    files = content.get("files")
+    if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
+        raise DamagedError(f"{MANIFEST} lists no files")
     return content
 
 
@@ -67,22 +71,22 @@ def verify(folder: epath.Path) -> None:
         DamagedError: a file is missing, has another size or sha256, or stands there besides.
         OSError: a file cannot be read, which says nothing about its bytes.
     """
-    files = read(folder)["files"]
+    files, there = read(folder)["files"], set(_files(folder))
     for name, wanted in files.items():
+        if name not in there:  # nor is anything outside of the folder looked at
+            raise DamagedError(f"{name} is missing")
         try:
-            found = _size_and_sha256(folder / name, wanted["size"])
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise DamagedError(f"{name} is missing") from None
+            found = _size_and_sha256(folder / name, wanted.get("size"))
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
             raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
         for key in ("size", "sha256"):
-            if found[key] != wanted[key]:
-                raise DamagedError(f"{name} has {key} {found[key]}, saved was {wanted[key]}")
+            if found[key] != wanted.get(key):
+                raise DamagedError(f"{name} has {key} {found[key]}, saved was {wanted.get(key)}")
     # a hidden file is a file manager's or a network file system's, and orbax does not read it
-    more = [name for name in _files(folder) if name not in files and not name.rpartition("/")[2].startswith(".")]
-    if more := sorted(set(more) - {MANIFEST}):
+    more = [name for name in there - {MANIFEST, *files} if not name.rpartition("/")[2].startswith(".")]
+    if more := sorted(more):
         raise DamagedError(f"{', '.join(more)} is not of this checkpoint")
 
 
@@ -93,9 +97,9 @@ def _sealed(content: dict[str, Any]) -> str:
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """The files below a folder, as `a/b`."""
+    """The files below a folder, as `a/b`; a link to a folder, which may lead anywhere, counts as one."""
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not os.path.islink(path):
             yield from _files(path, f"{prefix}{path.name}/")
         else:
             yield prefix + path.name

@@ -1,5 +1,6 @@
 """What strangers send: files, flags and prompts that are wrong in any way end in one line and an exit code."""
 
+import hashlib
 import json
 import pathlib
 import re
@@ -86,6 +87,38 @@ def test_manifests(content, at, patch):
         (folder / manifest.MANIFEST).write_bytes(changed)
         with pytest.raises(manifest.DamagedError):
             manifest.verify(folder)
+
+
+EMPTY = {"size": 0, "sha256": hashlib.sha256().hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "files, says",
+    [
+        (None, "lists no files"),
+        ({"array": 5}, "lists no files"),
+        ({"array": {}}, "array has size"),
+        ({"../other": EMPTY}, "other is missing"),
+        ({"/dev/null": EMPTY}, "null is missing"),
+    ],
+)
+def test_a_manifest_that_a_stranger_sealed_leads_nowhere(files, says, tmp_path):
+    (tmp_path / "3").mkdir()
+    for name in ("other", "3/array"):
+        (tmp_path / name).write_bytes(b"")
+    sealed = manifest._sealed({"format": manifest.FORMAT, "step": 3, "files": files})
+    (tmp_path / "3" / manifest.MANIFEST).write_text(sealed)
+    with pytest.raises(manifest.DamagedError, match=says):
+        manifest.verify(epath.Path(tmp_path / "3"))
+
+
+def test_links_to_folders_are_not_followed(tmp_path):
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3" / "array").write_bytes(b"12345")
+    manifest.write(epath.Path(tmp_path / "3"), {"step": 3})
+    (tmp_path / "3" / "again").symlink_to(tmp_path / "3")
+    with pytest.raises(manifest.DamagedError, match="again is not of this checkpoint"):
+        manifest.verify(epath.Path(tmp_path / "3"))
 
 
 def has_nan(content):
