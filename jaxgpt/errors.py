@@ -30,7 +30,7 @@ def say_in_one_line(debug: bool) -> None:
 
     def ours(message, category, *where):
         named = issubclass(category, CheckpointWarning | LockWarning)
-        return f"jaxgpt: warning: {harmless(str(message))}\n" if named else FORMATTED(message, category, *where)
+        return f"jaxgpt: warning: {_one_line(str(message))}\n" if named else FORMATTED(message, category, *where)
 
     warnings.formatwarning = ours
     if not debug:
@@ -45,7 +45,11 @@ def describe(error: BaseException) -> tuple[int, str]:
     A bug's is as it is.
     """
     code, message = _describe(error)
-    return code, message if code == 1 else harmless(re.sub(r"\s", " ", message))
+    return code, message if code == 1 else _one_line(message)
+
+
+def _one_line(text: str) -> str:
+    return harmless(re.sub(r"\s", " ", text))
 
 
 def _describe(error: BaseException) -> tuple[int, str]:

@@ -68,13 +68,15 @@ def verify(folder: epath.Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
-        DamagedError: a file is missing, has another size or sha256, or stands there besides.
+        DamagedError: a file is missing, a link, has another size or sha256, or stands there besides.
         OSError: a file cannot be read, which says nothing about its bytes.
     """
     files, there = read(folder)["files"], set(_files(folder))
     for name, wanted in files.items():
         if name not in there:  # nor is anything outside of the folder looked at
             raise DamagedError(f"{name} is missing")
+        if os.path.islink(folder / name):
+            raise DamagedError(f"{name} is a link")
         try:
             found = _size_and_sha256(folder / name, wanted.get("size"))
         except OSError as error:

@@ -179,7 +179,7 @@ def stream(
     if room and cached:
         width = min(config.block_size, 1 << (cached - 1).bit_length())  # few widths, few compilations
         cache = _prefill(model, jnp.pad(window[:, :-1], ((0, 0), (0, width - cached))), np.int32(cached))
-    else:
+    elif room:
         cache = _empty(model, rows)
     seen, done, most = [window], 0, max(NOISE // (rows * config.vocab_size), 1)
     while done < max_new_tokens and room:
@@ -188,7 +188,8 @@ def stream(
         seen.append(tokens)
         done, room = done + n, room - n
         yield tokens
-    window = jnp.concatenate(seen, axis=1)[:, -config.block_size :]
+    if done < max_new_tokens:
+        window = jnp.concatenate(seen, axis=1)[:, -config.block_size :]
     while done < max_new_tokens:
         n = min(chunk, most, max_new_tokens - done)
         tokens, window = _slide(model, window, key, rule, np.int32(done), n)

@@ -112,13 +112,19 @@ def test_a_manifest_that_a_stranger_sealed_leads_nowhere(files, says, tmp_path):
         manifest.verify(epath.Path(tmp_path / "3"))
 
 
-def test_links_to_folders_are_not_followed(tmp_path):
-    (tmp_path / "3").mkdir()
-    (tmp_path / "3" / "array").write_bytes(b"12345")
-    manifest.write(epath.Path(tmp_path / "3"), {"step": 3})
-    (tmp_path / "3" / "again").symlink_to(tmp_path / "3")
+def test_links_are_not_followed(tmp_path):
+    folder = epath.Path(tmp_path / "3")
+    folder.mkdir()
+    (folder / "array").write_bytes(b"12345")
+    manifest.write(folder, {"step": 3})
+    (tmp_path / "3" / "again").symlink_to(folder)
     with pytest.raises(manifest.DamagedError, match="again is not of this checkpoint"):
-        manifest.verify(epath.Path(tmp_path / "3"))
+        manifest.verify(folder)
+    (tmp_path / "3" / "again").unlink()
+    (tmp_path / "3" / "array").rename(tmp_path / "other")
+    (tmp_path / "3" / "array").symlink_to(tmp_path / "other")
+    with pytest.raises(manifest.DamagedError, match="array is a link"):
+        manifest.verify(folder)
 
 
 def has_nan(content):

@@ -33,7 +33,7 @@ def lecture_generate(model, prompt, key, n, rule):
     return tokens
 
 
-@pytest.mark.parametrize("length, n", [(1, 4), (1, 20), (2, 1), (5, 4), (7, 5), (8, 10), (12, 6)])
+@pytest.mark.parametrize("length, n", [(1, 4), (1, 20), (2, 1), (3, 1), (5, 4), (7, 5), (8, 10), (12, 6)])
 def test_cached_tokens_are_those_of_the_lecture_s_loop(length, n):
     prompt = jax.random.randint(jax.random.key(length), (3, length), 0, 65)
     out = generate(MODEL, prompt, jax.random.key(1), n, temperature=0.8, top_k=20)
