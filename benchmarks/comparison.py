@@ -12,10 +12,11 @@ import numpy as np
 import whole_runs
 from turns import Worker, WorkerError, compare, take_turns
 
-from jaxgpt import chips, load_config
+from jaxgpt import load_config
 from jaxgpt.config import Config
+from jaxgpt.devices import chips
 from jaxgpt.recipe import resolve
-from jaxgpt.source import Text, open_source
+from jaxgpt.text.source import Text, open_source
 
 HERE = pathlib.Path(__file__).parent
 RECIPE, GPT2 = "shakespeare_cpu", "gpt2_124m"

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 from turns import serve, until
 
-from jaxgpt import chips, cores, distributed, generate, load_config, metrics, sharding
+from jaxgpt import generate, load_config
 from jaxgpt.cli import keep_compiled
-from jaxgpt.initial import first_state, init_params
+from jaxgpt.devices import chips, cores, processes, sharding
+from jaxgpt.init import first_state, init_params
 from jaxgpt.loop import Job
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
+from jaxgpt.runs import metrics
 from jaxgpt.step import INIT, cast, stream_key
 from jaxgpt.training import set_up, start_record
 
@@ -40,7 +42,7 @@ def prepare(config, mesh):
 def train(spec):
     """Steps in calls of steps_per_call; a call's metrics are read after the next one has been dispatched."""
     config = load_config(spec["flags"])
-    distributed.join(config.distributed)
+    processes.join(config.distributed)
     mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
     with jax.set_mesh(mesh):
         job, state = prepare(config, mesh)

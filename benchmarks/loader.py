@@ -19,8 +19,8 @@ import time
 
 import numpy as np
 
-from jaxgpt import token_folder
-from jaxgpt.npy import GrowingArray
+from jaxgpt.text import token_folder
+from jaxgpt.text.npy import GrowingArray
 from jaxgpt.tokenizer import CharTokenizer
 
 SHAPES = ((32, 1024), (12, 64))

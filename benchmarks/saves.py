@@ -25,8 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt import initial, load_config, manifest, recipe, step
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import init, load_config, recipe, step
+from jaxgpt.runs import manifest
+from jaxgpt.runs.checkpoint import Checkpoints
 
 
 def timed(function, *args):
@@ -58,7 +59,7 @@ def main() -> None:
     made = recipe.make_recipe(config, recipe.abstract_model(config, jax.default_backend()))
     key, per_call = jax.random.key(0), config.train.steps_per_call
     tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 65, 1_000_000, dtype=np.uint8))
-    state = step.init_state(initial.init_params(config.model, key), made.tx)
+    state = step.init_state(init.init_params(config.model, key), made.tx)
     compiled = step.train_steps.lower(state, tokens, key, recipe=made, n=per_call).compile()
     _, _, state = steps_of(config, 5, state, tokens, key, compiled)
     found = {name: [] for name in ("orbax_s", "save_s", "manifest_share", "verify_share", "blocked_s",

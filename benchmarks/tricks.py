@@ -22,10 +22,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxgpt import cores, initial, load_config, matmul, model, sampling, sharding, step
+from jaxgpt import init, load_config, model, sampling, step
 from jaxgpt.config import Config
+from jaxgpt.devices import cores, matmul, sharding
+from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.recipe import make_recipe, resolve
-from jaxgpt.sharding import MeshConfig
 
 
 class Training:
@@ -35,10 +36,10 @@ class Training:
         self.n = n
         self.mesh = sharding.make_mesh(mesh)
         with jax.set_mesh(self.mesh):
-            abstract = initial.abstract(config.model)
+            abstract = init.abstract(config.model)
             self.recipe = make_recipe(config, abstract, self.mesh)
-            like = initial.abstract_state(abstract, self.recipe.tx, self.mesh)
-            self.state = initial.first_state(config.model, self.recipe.tx, config.seed, like)
+            like = init.abstract_state(abstract, self.recipe.tx, self.mesh)
+            self.state = init.first_state(config.model, self.recipe.tx, config.seed, like)
             tokens = np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)
             self.data = sharding.place(self.mesh, tokens), jax.random.key(0)
             self.call = step.train_steps.lower(self.state, *self.data, recipe=self.recipe, n=n).compile()
@@ -59,7 +60,7 @@ class Sliding:
     """Tokens of one sequence past the window."""
 
     def __init__(self, config: Config, last_logits):
-        self.model = initial.init_model(config.model, config.seed)
+        self.model = init.init_model(config.model, config.seed)
         self.window = jax.numpy.zeros((1, config.model.block_size), jax.numpy.int32)
         sampling._last_logits, ours = last_logits, sampling._last_logits
         args = self.model, self.window, jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)

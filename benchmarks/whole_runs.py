@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from turns import busy, others
 
-from jaxgpt import download
 from jaxgpt.config import Config
+from jaxgpt.files import download
 
 # of jaxgpt's lines `step 20/2,000  loss 3.5` and `done     validation loss 1.9`, and of nanoGPT's `iter 0: loss 4.2`
 # and `step 250: train loss 2.4, val loss 2.4`

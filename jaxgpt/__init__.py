@@ -2,7 +2,7 @@
 
 from jaxgpt.config import Config, load_config
 from jaxgpt.model import GPT, GPTConfig
-from jaxgpt.run import Run, load
+from jaxgpt.runs.directory import Run, load
 from jaxgpt.sampling import generate
 from jaxgpt.tokenizer import CharTokenizer
 from jaxgpt.training import train

@@ -12,24 +12,17 @@ import jax
 import numpy as np
 
 from jaxgpt import config as configs
-from jaxgpt import (
-    distributed,
-    doctor,
-    download,
-    evaluation,
-    export,
-    importing,
-    ladder,
-    metrics,
-    plan,
-    prepare,
-    replay,
-    sampling,
-    training,
-)
+from jaxgpt import sampling, training
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.devices import processes
 from jaxgpt.errors import describe, say_in_one_line
-from jaxgpt.run import load
+from jaxgpt.files import download
+from jaxgpt.interop import export, importing
+from jaxgpt.runs import metrics
+from jaxgpt.runs.directory import load
+from jaxgpt.text import prepare
+from jaxgpt.tools import doctor, ladder, plan, replay
+from jaxgpt.tools import evaluate as evaluation
 
 USAGE = """usage: jaxgpt COMMAND [flags]
 
@@ -242,8 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr
             )
-        if distributed.several():  # jax would wait for the others at exit, who wait for this process
-            distributed.leave(code)
+        if processes.several():  # jax would wait for the others at exit, who wait for this process
+            processes.leave(code)
         return code
     return 0
 

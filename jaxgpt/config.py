@@ -16,12 +16,12 @@ import tyro
 import yaml
 from etils import epath
 
-from jaxgpt.checkpoint import CheckpointError, RunConfig
 from jaxgpt.data import DataConfig
-from jaxgpt.distributed import DistributedConfig
+from jaxgpt.devices.processes import DistributedConfig
+from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig
-from jaxgpt.sharding import MeshConfig
+from jaxgpt.runs.checkpoint import CheckpointError, RunConfig
 
 
 class ConfigError(ValueError):

@@ -9,16 +9,19 @@ import warnings
 
 import jax
 
-from jaxgpt import corpus, data, distributed, download, storage
-from jaxgpt.checkpoint import CheckpointError, CheckpointWarning
+from jaxgpt import data
 from jaxgpt.config import ConfigError
-from jaxgpt.distributed import PeerLostError
-from jaxgpt.lock import BusyError, LockWarning
+from jaxgpt.devices import processes
+from jaxgpt.devices.processes import PeerLostError
+from jaxgpt.devices.stopping import Stopped
+from jaxgpt.files import download, storage
+from jaxgpt.files.lock import BusyError, LockWarning
 from jaxgpt.loop import NonFiniteError
-from jaxgpt.metrics import harmless
-from jaxgpt.processes import ProcessError
-from jaxgpt.run import OtherRunError
-from jaxgpt.stopping import Stopped
+from jaxgpt.runs.checkpoint import CheckpointError, CheckpointWarning
+from jaxgpt.runs.directory import OtherRunError
+from jaxgpt.runs.metrics import harmless
+from jaxgpt.text import corpus
+from jaxgpt.text.workers import ProcessError
 from jaxgpt.tokenizer import UnknownCharacterError
 
 AGAIN = "run the same command again on all of them; the last checkpoint is intact"
@@ -55,7 +58,7 @@ def _one_line(text: str) -> str:
 def _describe(error: BaseException) -> tuple[int, str]:
     text = str(error) or type(error).__name__
     match error:
-        case _ if distributed.lost_peer(error):
+        case _ if processes.lost_peer(error):
             return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {AGAIN}"
         case Stopped():
             return (130 if error.signal_number == signal.SIGINT else 75), text

@@ -11,14 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import chips, distributed, metrics, patience, sampling
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt import patience, sampling
 from jaxgpt.config import Config
+from jaxgpt.devices import chips, processes
+from jaxgpt.devices.stopping import Stopped
 from jaxgpt.patience import Patience
-from jaxgpt.run import publish
-from jaxgpt.source import Source
+from jaxgpt.runs import metrics
+from jaxgpt.runs.checkpoint import Checkpoints
+from jaxgpt.runs.directory import publish
 from jaxgpt.step import SAMPLE, Recipe, TrainState, all_finite, cast, estimate_loss, stream_key, train_steps
-from jaxgpt.stopping import Stopped
+from jaxgpt.text.source import Source
 
 
 class NonFiniteError(ArithmeticError):
@@ -91,7 +93,7 @@ class Job:
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
         if step:
             text = self.sample(state, step)
-            if distributed.is_first():
+            if processes.is_first():
                 with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
                     file.write(f"--- step {step}, validation loss {val:.4f}\n{text}\n\n")
         return val
@@ -110,7 +112,7 @@ class Job:
         """
         if not all_finite((state.params, state.opt_state)):
             raise self.not_finite(f"parameters after step {step}", step + 1)
-        if distributed.is_first():
+        if processes.is_first():
             publish(self.config.run.dir, self.folder)
         self.checkpoints.save(step, vars(state), {"val_loss": val_loss, "patience": watch._asdict(), **self.facts})
 

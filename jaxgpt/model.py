@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.attention import Kernel, causal
-from jaxgpt.dropout import Dropout
-from jaxgpt.matmul import dot_general
-from jaxgpt.remat import Remat, call_block
-from jaxgpt.sharding import pin_batch
+from jaxgpt.devices.attention import Kernel, causal
+from jaxgpt.devices.dropout import Dropout
+from jaxgpt.devices.matmul import dot_general
+from jaxgpt.devices.remat import Remat, call_block
+from jaxgpt.devices.sharding import pin_batch
 
 INIT_STDDEV = 0.02  # GPT-2's, which the lecture takes over at its end
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's and GPT-2's; Flax's own default is 1e-6

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxgpt import attention, sharding
 from jaxgpt.config import Config, ConfigError
-from jaxgpt.initial import abstract
+from jaxgpt.devices import attention, sharding
+from jaxgpt.init import abstract
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.step import Recipe

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxgpt import data, sharding
+from jaxgpt import data
+from jaxgpt.devices import sharding
 from jaxgpt.model import GPT
 
 # one PRNG stream a purpose, so that no key is used twice

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from jaxgpt import download
+from jaxgpt.files import download
 
 END_OF_TEXT = "<|endoftext|>"
 

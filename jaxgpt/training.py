@@ -10,15 +10,17 @@ import jax
 import optax
 from flax import nnx
 
-from jaxgpt import chips, cores, distributed, init_from, lock, metrics, report, sharding, storage
 from jaxgpt.config import Config
-from jaxgpt.initial import abstract_state, first_state
+from jaxgpt.devices import chips, cores, processes, sharding
+from jaxgpt.devices.stopping import stop_requests
+from jaxgpt.files import lock, storage
+from jaxgpt.init import abstract_state, first_state
 from jaxgpt.loop import Job, run_steps
 from jaxgpt.recipe import abstract_model, make_recipe, resolve
-from jaxgpt.run import Run, begin, facts_of, find_step, publish
-from jaxgpt.source import Source, describe, open_source
+from jaxgpt.runs import init_from, metrics, report
+from jaxgpt.runs.directory import Run, begin, facts_of, find_step, publish
 from jaxgpt.step import Recipe, TrainState, cast, evaluate
-from jaxgpt.stopping import stop_requests
+from jaxgpt.text.source import Source, describe, open_source
 
 
 def train(config: Config) -> Run:
@@ -35,11 +37,11 @@ def train(config: Config) -> Run:
         StorageError: the run directory has no room or cannot be written.
     """
     started = time.perf_counter()
-    distributed.join(config.distributed)
+    processes.join(config.distributed)
     mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
     with contextlib.ExitStack() as stack:
         writer = lock.held(config.run.dir, "wait until it is done, or name another --run.dir")
-        distributed.from_first(lambda: stack.enter_context(writer))
+        processes.from_first(lambda: stack.enter_context(writer))
         stack.enter_context(storage.failures(config.run.dir))
         stack.enter_context(jax.set_mesh(mesh))
         return _train(config, mesh, started)
@@ -76,7 +78,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
     source.split(mesh, config.model.block_size)
     theirs = init_from.check(config, source.tokenizer)
     left = config.train.steps - (resumed or 0)
-    distributed.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
+    processes.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
     folder = begin(config, source.tokenizer, resumed)
     if resumed is None and theirs is not None:
         state = init_from.initial_state(config, theirs, recipe.tx, like)
@@ -87,7 +89,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
 
     sinks = ()
     with contextlib.ExitStack() as stack:
-        if distributed.is_first():
+        if processes.is_first():
             sinks = metrics.JsonLines(folder / "metrics.jsonl"), metrics.Console(config.train.steps)
             stack.callback(publish, config.run.dir, folder)
             stack.callback(report.draw_loss, folder, config.run.dir.rstrip("/").rpartition("/")[2])
@@ -100,7 +102,7 @@ def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
                 sink(record)
 
         key, facts = jax.random.key(config.seed), {"mesh": dict(mesh.shape)}
-        if distributed.is_first():
+        if processes.is_first():
             facts |= facts_of(config, folder, source.sha256)
         start, peak = start_record(config, mesh, source, state), chips.Peak(list(mesh.devices.flat))
         job = Job(

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from jaxgpt import hf_tokenizer
+from jaxgpt.interop import hf_tokenizer
 
 transformers.logging.set_verbosity_error()
 SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}

@@ -8,7 +8,9 @@ import sys
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxgpt import checkpoint, cli, loop, manifest, run, storage, training
+from jaxgpt import cli, loop, training
+from jaxgpt.files import storage
+from jaxgpt.runs import checkpoint, directory, manifest
 
 FOLDER = type(epath.Path("/"))
 
@@ -27,7 +29,7 @@ def remove_half(folder):
 
 # where the patched function is, its name, what runs instead of it or, if None, after it
 POINTS = {
-    "before the first small file": (run, "begin", die),
+    "before the first small file": (directory, "begin", die),
     "between config.yaml and its name": (storage, "replace", lambda file, path: str(path).endswith("yaml") and die()),
     "in a step": (loop.Job, "log", die),
     "before a save": (checkpoint.Checkpoints, "save", die),

@@ -3,9 +3,10 @@
 import jax
 import numpy as np
 
-from jaxgpt import Config, GPTConfig, gpt2
-from jaxgpt.checkpoint import Checkpoints, RunConfig
-from jaxgpt.run import CHECKPOINTS, begin
+from jaxgpt import Config, GPTConfig
+from jaxgpt.interop import gpt2
+from jaxgpt.runs.checkpoint import Checkpoints, RunConfig
+from jaxgpt.runs.directory import CHECKPOINTS, begin
 
 SMALL = {"block_size": 24, "n_layer": 2, "n_head": 4, "n_embd": 32, "lm_head": "tied", "bias": "all"}
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, download
+from jaxgpt import cli
+from jaxgpt.files import download
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -254,7 +255,7 @@ def test_a_stopped_process_carries_on_when_its_command_is_repeated(tiny_config, 
     process = start(argv)
     wait_for(
         metrics,
-        f'"step": {max(jaxgpt.checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps())}, "dev',
+        f'"step": {max(jaxgpt.runs.checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").steps())}, "dev',
         process,
     )
     process.kill()

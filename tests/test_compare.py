@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from jaxgpt import metrics
-from jaxgpt.corpus import SHAKESPEARE_ALPHABET
+from jaxgpt.runs import metrics
+from jaxgpt.text.corpus import SHAKESPEARE_ALPHABET
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 import comparison

@@ -13,8 +13,9 @@ from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import config, errors, manifest, sampling
+from jaxgpt import config, errors, sampling
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.runs import manifest
 
 CHARACTERS = tokenizers.CharTokenizer("abc\n")
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)

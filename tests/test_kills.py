@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 from kill_at import POINTS
 
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.runs.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxgpt import initial, optim, sampling, step
+from jaxgpt import init, optim, sampling, step
 from jaxgpt.model import Cache, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16, dropout=0.1)
@@ -15,7 +15,7 @@ CONFIG = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16, 
 
 def lowered_step(model_config, platform, loss_chunks=1):
     """The text of two training steps in bfloat16."""
-    model = initial.init_model(model_config, seed=0)
+    model = init.init_model(model_config, seed=0)
     config = optim.OptimConfig(decay_steps=10)
     tx, schedule = optim.optimizer(config), optim.schedule(config)
     recipe = step.Recipe(
@@ -35,7 +35,7 @@ def test_the_training_step_lowers_for_every_platform_and_computes_in_bfloat16(pl
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_generation_lowers_for_every_platform(platform):
-    model, key, rule = initial.init_model(CONFIG, seed=0), jax.random.key(0), sampling.make_rule(0.8, 10, 0.9)
+    model, key, rule = init.init_model(CONFIG, seed=0), jax.random.key(0), sampling.make_rule(0.8, 10, 0.9)
     tokens, layer = jnp.zeros((3, 8), jnp.int32), jnp.zeros((6, 8, 8))
     cache = Cache(((layer, layer),), jnp.int32(4))
     for traced in (

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, loop
+from jaxgpt import loop
+from jaxgpt.devices.stopping import Stopped
 from jaxgpt.patience import Patience, from_manifest
-from jaxgpt.stopping import Stopped
+from jaxgpt.runs import checkpoint
 
 # at steps 0, 5, 10 ...: two evaluations without a lower loss, one, then three
 LOSSES = [3.0, 2.0, 2.0, 2.5, 1.5, 1.6, 1.4, 1.4, 1.5, 1.9, 0.5, 0.4]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import sampling
-from jaxgpt.initial import init_model
+from jaxgpt.init import init_model
 from jaxgpt.model import GPTConfig
 from jaxgpt.sampling import filter_logits, generate, make_rule, sample, stream
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from jaxgpt import data, initial, optim, step
+from jaxgpt import data, init, optim, step
 from jaxgpt.config import ConfigError, load_config
 from jaxgpt.model import GPTConfig
 from jaxgpt.recipe import resolve
@@ -29,7 +29,7 @@ def make(grad_accumulation=1, batch_size=4, dropout=0.0, dtype="float32", **opti
 
 @functools.cache
 def first_model(config):
-    return initial.init_model(config, seed=0)
+    return init.init_model(config, seed=0)
 
 
 def run(recipe, state, n, tokens=TOKENS, seed=0):
@@ -141,7 +141,7 @@ def test_bfloat16_trains_like_float32_with_float32_parameters():
 
 @pytest.mark.parametrize("n", [9, 64, 500])
 def test_evaluation_is_the_mean_over_all_tokens_but_the_first(n):
-    model = initial.init_model(GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16), seed=3)
+    model = init.init_model(GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16), seed=3)
     tokens = np.asarray(TOKENS[:n], np.int32)
     chex.assert_shape(step.token_losses(model, tokens[None, :8], tokens[None, 1:9]), (1, 8))
     nats = []
@@ -170,7 +170,7 @@ def test_inputs_and_targets_must_have_one_shape():
 def gradients(vocab_size, loss_chunks=1, **fields):
     """Loss and gradients of one batch, and the numbers that the forward pass keeps for the backward pass."""
     config = GPTConfig(vocab_size, block_size=128, n_layer=2, n_head=2, n_embd=16, dropout=0.1, **fields)
-    graphdef, params = nnx.split(initial.init_model(config, seed=0))
+    graphdef, params = nnx.split(init.init_model(config, seed=0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, vocab_size, (8, 129)))
 
     def loss(params):

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import corpus, download
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.corpus import SHAKESPEARE_ALPHABET
+from jaxgpt.files import download
+from jaxgpt.text import corpus
+from jaxgpt.text.corpus import SHAKESPEARE_ALPHABET
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer, TokenizerError, UnknownCharacterError
 
 

@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import checkpoint, chips, initial, loop, optim, recipe, step
-from jaxgpt import run as run_module
-from jaxgpt.checkpoint import CheckpointError
-from jaxgpt.run import OtherRunError
-from jaxgpt.stopping import Stopped, stop_requests
+from jaxgpt import init, loop, optim, recipe, step
+from jaxgpt.devices import chips
+from jaxgpt.devices.stopping import Stopped, stop_requests
+from jaxgpt.runs import checkpoint
+from jaxgpt.runs import directory as run_module
+from jaxgpt.runs.checkpoint import CheckpointError
+from jaxgpt.runs.directory import OtherRunError
 
 
 def records(run_dir, kind):
@@ -30,7 +32,7 @@ def params_of(run_dir, step):
 
 def opt_state_of(config, step_number):
     config = recipe.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
-    params = initial.init_params(config.model, jax.random.key(0))
+    params = init.init_params(config.model, jax.random.key(0))
     like = vars(step.init_state(params, optim.optimizer(config.optim)))
     return checkpoint.Checkpoints(f"{config.run.dir}/checkpoints").restore(step_number, like)["opt_state"]
 

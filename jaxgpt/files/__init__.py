@@ -1,0 +1,1 @@
+"""Whole files on disk: atomic writes, locks and verified downloads."""

@@ -1,0 +1,131 @@
+"""`jaxgpt export`: a run's model as files that other programs read, without jaxgpt."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export as jax_export
+from safetensors.numpy import save_file
+
+from jaxgpt.config import ConfigError
+from jaxgpt.devices.sharding import name_of
+from jaxgpt.files.download import DownloadError
+from jaxgpt.init import abstract
+from jaxgpt.interop import gpt2, hf_tokenizer
+from jaxgpt.model import GPT, GPTConfig
+from jaxgpt.runs.directory import Run, load
+from jaxgpt.step import params_of
+
+TENSORS, CONFIG, PROGRAM = "model.safetensors", "config.json", "model.stablehlo"
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportArgs:
+    """Write a run's model for other programs. What GPT-2 has no place for is refused in the format hf."""
+
+    run: str
+    """Run directory."""
+    to: str
+    """Folder to make."""
+    format: Literal["hf", "safetensors", "stablehlo"] = "hf"
+    """hf: transformers' GPT2LMHeadModel and AutoTokenizer load it. safetensors: the arrays by our own names.
+    stablehlo: a compiled-for-later program for cpu, cuda and tpu beside these arrays; it needs jax alone."""
+    step: int | None = None
+    """Which checkpoint; by default the one with the lowest validation loss."""
+
+
+def export(args: ExportArgs) -> list[str]:
+    """Write the folder, whole or not at all.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ConfigError: the folder is there already.
+        CheckpointError: the run cannot be loaded.
+        FormatError: the format has no place for the model.
+    """
+    target = pathlib.Path(args.to).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"the folder is not empty (--to, {args.to}): name another, or empty it")
+    run = load(args.run, args.step)
+    write = {"hf": write_huggingface, "safetensors": write_safetensors, "stablehlo": write_stablehlo}[args.format]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(fresh, run)
+        for path, mode in ((fresh, 0o777), *((path, 0o666) for path in fresh.iterdir())):
+            path.chmod(mode & ~_umask())  # temporary files are made for this user only
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return sorted(path.name for path in target.iterdir())
+
+
+def write_huggingface(folder: pathlib.Path, run: Run) -> None:
+    """config.json, model.safetensors and the tokenizer, as transformers saves them."""
+    config = gpt2.from_config(run.model.config, run.tokenizer.end_of_text)
+    tensors = gpt2.to_tensors(params_of(run.model), run.model.config)
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    _write_json(folder / CONFIG, config)
+    hf_tokenizer.write(folder, run.tokenizer, run.model.config.block_size)
+
+
+def write_safetensors(folder: pathlib.Path, run: Run) -> None:
+    """The arrays by our names, GPTConfig as config.json, and the tokenizer."""
+    save_file(arrays(run.model), folder / TENSORS)
+    _write_json(folder / CONFIG, dataclasses.asdict(run.model.config))
+    hf_tokenizer.write(folder, run.tokenizer, run.model.config.block_size)
+
+
+def write_stablehlo(folder: pathlib.Path, run: Run) -> None:
+    """The same, and a program of jax.export that takes the arrays and tokens.
+
+    The arrays stay outside the program: as constants of it, they could not be larger than 2 GB.
+    """
+    write_safetensors(folder, run)
+    try:
+        (folder / PROGRAM).write_bytes(program(run.model.config).serialize())
+    except ImportError as error:
+        raise DownloadError(
+            f"no library to write the program with (--format stablehlo, {error}): pip install 'jaxgpt[stablehlo]'"
+        ) from None
+
+
+def program(config: GPTConfig) -> jax_export.Exported:
+    """The model as a program: {name: array} and (B, T) int32 tokens, T at most block_size -> (B, T, V) float32."""
+    config = dataclasses.replace(config, attention="xla", remat="none")  # what every platform has
+    shapes = gpt2.shapes(config)
+    graphdef = nnx.graphdef(abstract(config))
+
+    def logits(arrays, tokens):
+        params = jax.tree_util.tree_map_with_path(lambda path, _: arrays[name_of(path)], shapes)
+        return nnx.merge(graphdef, params)(tokens)
+
+    sizes = jax_export.symbolic_shape("b, t", constraints=[f"t <= {config.block_size}"])
+    described = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in gpt2.flat(shapes).items()}
+    return jax_export.export(jax.jit(logits), platforms=PLATFORMS)(described, jax.ShapeDtypeStruct(sizes, jnp.int32))
+
+
+def arrays(model: GPT) -> dict[str, np.ndarray]:
+    """The parameters of a model by their dotted names, float32."""
+    return {name: np.ascontiguousarray(leaf) for name, leaf in gpt2.flat(params_of(model)).items()}
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

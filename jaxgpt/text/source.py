@@ -1,0 +1,133 @@
+"""What a run learns from: a text, whose tokens live on the devices, or prepared folders, which are read as it goes.
+
+Both hand out what `step.train_steps`, `step.estimate_loss` and `step.evaluate` take.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import data
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.data import DataConfig
+from jaxgpt.devices import sharding
+from jaxgpt.step import ESTIMATE, TRAIN, VAL, stream_key
+from jaxgpt.text import corpus, token_folder
+from jaxgpt.tokenizer import Tokenizer
+
+EVALUATED = 1 << 20  # tokens of a folder's validation split on the devices at a time
+
+
+class Text:
+    """A named corpus or a text file."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None):
+        text = corpus.load(config.name, config.path)
+        self.name, self.sha256, self.train_fraction = text.name, text.sha256, config.train_fraction
+        self.tokenizer = tokenizer or tokenizers.for_text(config.tokenizer, text.text, text.alphabet)
+        self.ids = self.tokenizer.encode(text.text)
+        self.tokens = len(self.ids)
+
+    def split(self, mesh: Mesh | None, block_size: int) -> None:
+        """Cut training and validation split, and put both on every device."""
+        self.block_size = block_size
+        parts = data.split(self.ids, self.train_fraction, self.tokenizer.vocab_size, block_size)
+        self.splits = parts if mesh is None else data.Splits(*(sharding.place(mesh, np.asarray(a)) for a in parts))
+
+    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
+        """What `train_steps` takes for each call: the training split itself."""
+        return (self.splits.train for _ in calls)
+
+    def sample(self, split: str, seed: int, batches: int, rows: int) -> jax.Array:
+        """The same batches of a split each time, (batches, rows, T + 1)."""
+        key = stream_key(seed, ESTIMATE if split == "train" else VAL)
+        return data.batches(key, getattr(self.splits, split), batches, rows, self.block_size)
+
+    def pieces(self, split: str) -> Iterator[jax.Array]:
+        """A whole split for `evaluate`; `all` is both as one."""
+        yield self.ids if split == "all" else getattr(self.splits, split)
+
+
+class Folders:
+    """One or several folders that `jaxgpt prepare` made."""
+
+    def __init__(self, config: DataConfig):
+        self.mixture = token_folder.parse_sources(config.path)
+        folders = [span.folder for span in self.mixture.spans]
+        self.name, self.train_fraction = config.path, config.train_fraction
+        hashes = [f"{folder.sha256} {weight}" for folder, weight in zip(folders, self.mixture.weights)]
+        self.sha256 = folders[0].sha256 if len(folders) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        self.tokenizer = tokenizers.load(folders[0].tokenizer)
+        if folders[0].vocab_size != self.tokenizer.vocab_size:
+            raise data.DataError(
+                f"a folder of another tokenizer ({folders[0].name}, {folders[0].vocab_size} ids, its tokenizer.json "
+                f"has {self.tokenizer.vocab_size}): prepare the folder again"
+            )
+        self.tokens = sum(folder.tokens for folder in folders)
+
+    def split(self, mesh: Mesh | None, block_size: int) -> None:
+        """Cut training and validation split of each folder."""
+        self.mesh, self.block_size = mesh, block_size
+        self.splits = data.Splits(*token_folder.split(self.mixture, self.train_fraction, block_size))
+
+    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
+        """The batches of each call (first step, n) as (n, rows, T + 1), read while the call before is computed."""
+        return token_folder.prefetched(lambda call: self._batches(self.splits.train, seed, TRAIN, *call, rows), calls)
+
+    def sample(self, split: str, seed: int, batches: int, rows: int) -> jax.Array:
+        """The same batches of a split each time, (batches, rows, T + 1)."""
+        stream = ESTIMATE if split == "train" else VAL
+        return self._batches(getattr(self.splits, split), seed, stream, 0, batches, rows)
+
+    def pieces(self, split: str) -> Iterator[jax.Array]:
+        """A whole split for `evaluate`, piece by piece; `all` is both as one."""
+        size = max(EVALUATED // self.block_size, 1) * self.block_size
+        mixture = self.mixture if split == "all" else getattr(self.splits, split)
+        for piece in token_folder.consecutive(mixture, size):
+            yield piece if self.mesh is None else sharding.place(self.mesh, piece)
+
+    def _batches(self, mixture: token_folder.Mixture, seed: int, stream: int, first: int, n: int, rows: int):
+        """Each process reads only the rows of its devices."""
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            where = (mixture, seed, stream)
+            steps = range(first, first + n)
+            return np.stack([token_folder.read_windows(*where, i, rows, self.block_size, index[1]) for i in steps])
+
+        shape = (n, rows, self.block_size + 1)
+        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), read)
+
+
+Source = Text | Folders
+
+
+def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:
+    """What a configuration names: the folder or folders in `path`, otherwise a text.
+
+    Args:
+        config: as configured.
+        tokenizer: of a text, instead of the one that config names; prepared folders have their own.
+
+    Raises:
+        CorpusError, DataError, TokenizerError: it cannot be read.
+    """
+    prepared = config.path and (os.path.isdir(os.path.expanduser(config.path)) or "=" in config.path)
+    remote = config.path and "://" in config.path
+    return Folders(config) if prepared or remote else Text(config, tokenizer)
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """The facts of a source for the first record of a run."""
+    return {
+        "corpus": source.name,
+        "corpus_sha256": source.sha256,
+        "tokens": source.tokens,
+        "vocab_size": source.tokenizer.vocab_size,
+        "alphabet": getattr(source.tokenizer, "alphabet", None),
+    }

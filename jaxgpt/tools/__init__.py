@@ -1,0 +1,1 @@
+"""Commands around training: plan, doctor, replay, ladder, eval."""

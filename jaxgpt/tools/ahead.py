@@ -1,0 +1,193 @@
+"""The training step compiled ahead of time, for this machine's devices or for TPUs that are elsewhere.
+
+Nothing is put on a device: the compiler is given shapes. TPU's compiler is in the libtpu wheel and needs no TPU.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import step
+from jaxgpt.config import Config, ConfigError
+from jaxgpt.devices import attention, chips, sharding
+from jaxgpt.init import abstract_state
+from jaxgpt.recipe import abstract_model, make_recipe
+from jaxgpt.tools import traffic
+
+MOST_CHIPS = 256
+ABSENT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a Google machine's metadata server
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling, or training
+}
+
+
+class Target(NamedTuple):
+    """Devices to plan for."""
+
+    name: str
+    devices: list[jax.Device] | None
+    """None where there is no compiler for them."""
+    n: int
+    chip: chips.Chip | None
+    platform: str
+    """jax's name: cpu, gpu, tpu."""
+
+    @property
+    def room(self) -> int | None:
+        """Bytes of memory that jax takes of a device: three quarters of a GPU's if nothing else is said."""
+        return self.chip and int(self.chip.memory * (0.75 if self.platform == "gpu" else 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What one device needs for a step; the numbers that are not known are None."""
+
+    arguments: int
+    """Bytes of state and tokens."""
+    temporaries: int | None
+    """Bytes of everything else: activations, gradients, the program."""
+    moved: int | None
+    """Bytes a step between chip and memory."""
+    moved_at_most: bool
+    """Whether `moved` is XLA's count, which takes what stays on the chip for traffic."""
+    fits: bool | None
+    """Whether the compiler found room, where it looks for it; otherwise by the chip's memory."""
+
+    @property
+    def total(self) -> int | None:
+        """Bytes."""
+        return None if self.temporaries is None else self.arguments + self.temporaries
+
+
+def find_target(name: str | None) -> Target:
+    """The devices of `--target`: `v5e:2x4` (TPU, chips along each axis), `h200:8` (GPUs), None = this machine's.
+
+    Raises:
+        ConfigError: there is no such target, or no compiler for it.
+    """
+    if name is None:
+        devices = jax.devices()
+        kind = devices[0].device_kind
+        return Target(f"{len(devices)} x {kind}", devices, len(devices), chips.find(kind), devices[0].platform)
+    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+)*)", name)
+    chip = chips.named(found[1]) if found else None
+    n = math.prod(map(int, found[2].split("x"))) if found else 0
+    axes = 0 if chip is None or chip.platform == "gpu" else 3 if chip.name in ("v4", "v5p") else 2
+    if chip is None or not 1 <= n <= MOST_CHIPS or found[2].count("x") != max(axes - 1, 0) or chip.name == "v4":
+        gpus = ", ".join(chip.name for chip in chips.CHIPS if chip.platform == "gpu")
+        raise ConfigError(
+            f"no such target (--target, {name}): write v5e:2x4, v6e:2x4 or v5p:2x2x1 with up to {MOST_CHIPS} chips "
+            f"in all, v5e:1x1 for one, or h200:8 (GPUs: {gpus}), or leave it out for this machine"
+        )
+    return Target(name, _topology(name) if axes else None, n, chip, chip.platform)
+
+
+def _topology(name: str) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"no TPU compiler here (--target, {name}): pip install 'jaxgpt[tpu-compile]'")
+    for key, value in ABSENT_TPU.items():
+        os.environ.setdefault(key, value)
+    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here is left to others
+    from jax.experimental import topologies
+
+    # one chip is not the part of a host that libtpu takes it for
+    host = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith((":1x1", ":1x1x1")) else {}
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu", **host).devices)
+    except (RuntimeError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"libtpu knows no such target (--target, {name}, {why}): try 1x1, 2x2, 2x4, 16x16") from None
+
+
+def kernel_of(config: Config, platform: str) -> attention.Kernel:
+    """The attention of a resolved configuration on a platform."""
+    model = config.model
+    head_size = model.width // model.n_head
+    return attention.choose(model.attention, platform, jnp.dtype(config.train.dtype), model.block_size, head_size)
+
+
+def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
+    """Compile one step of `train_steps`, as training does.
+
+    Args:
+        config: resolved.
+        target: with devices.
+        tokens: of a training split that lies on each device; None where batches come from the host.
+
+    Raises:
+        MeshError: mesh, devices, batch and model do not go together.
+    """
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    with jax.set_mesh(mesh):
+        model = abstract_model(config, target.platform)
+        recipe = make_recipe(config, model, mesh)
+        state = abstract_state(model, recipe.tx, mesh)
+        batch, key = _shapes(config, recipe, mesh, tokens)
+        lowered = step.train_steps.lower(state, batch, key, recipe=recipe, n=1)
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves((state, batch)))  # fmt: skip
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = re.search(r"temporaries \(([\d.]+)([KMG])\)", str(error))
+        temporaries = said and int(float(said[1]) * 1024 ** ("KMG".index(said[2]) + 1))
+        return Needs(held, temporaries, None, False, False)
+    memory = compiled.memory_analysis()
+    temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)  # the state is taken over
+    fits = True if target.platform == "tpu" else target.room and held + temporaries <= target.room
+    return Needs(memory.argument_size_in_bytes, temporaries, *_moved(compiled), fits)
+
+
+def _moved(compiled: jax.stages.Compiled) -> tuple[int | None, bool]:
+    try:
+        return traffic.bytes_moved(compiled.as_text()), False
+    except jax.errors.JaxRuntimeError:  # a libtpu that writes its programs for v6e in a newer form than jaxlib reads
+        counted = (compiled.cost_analysis() or {}).get("bytes accessed")
+        return counted and int(counted), True
+
+
+def _shapes(config: Config, recipe: step.Recipe, mesh: jax.sharding.Mesh, tokens: int | None):
+    """Tokens and key of `train_steps`, as shapes in their places."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    rows = recipe.batch_size * recipe.grad_accumulation
+    shape, spec = ((tokens,), P()) if tokens else ((1, rows, recipe.block_size + 1), P(None, sharding.BATCH))
+    batch = jax.ShapeDtypeStruct(shape, np.min_scalar_type(config.model.vocab_size - 1))
+    places = NamedSharding(mesh, spec), NamedSharding(mesh, P())
+    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (batch, key), places)
+
+
+def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
+    """The same without a compiler, from the sizes of what is kept: roughly, and without traffic.
+
+    Args:
+        config: resolved.
+        target: without devices.
+        parameters: of the model.
+    """
+    sizes = sharding.sizes_of(config.mesh, target.n)
+    model, C = config.model, config.model.width
+    item = jnp.dtype(config.train.dtype).itemsize
+    state = 12 * parameters // (sizes["fsdp"] * sizes["tensor"])  # float32 parameters and two moments
+    copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and the parameters to compute with
+    # channels a layer and token: stream twice, norms, qkv, attention, hidden layer before and after its activation
+    kept = {"none": 9 + 2 * model.mlp_ratio, "dots": 6 + model.mlp_ratio, "full": 1}[model.remat] * C * model.n_layer
+    if model.remat == "none" and kernel_of(config, target.platform) == "xla":
+        kept += 2 * model.n_head * model.block_size * model.n_layer
+    logits = 4 * model.vocab_size // config.train.loss_chunks
+    tokens = config.data.batch_size * model.block_size // (sizes["data"] * sizes["fsdp"])
+    temporaries = copies + tokens * (item * kept + logits) // sizes["tensor"]
+    return Needs(state, temporaries, None, False, state + temporaries <= target.room)

@@ -1,0 +1,284 @@
+"""What a run will take, before it runs: `jaxgpt plan`. The compiler's part is in ahead.py."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxgpt.config import Config, ConfigError
+from jaxgpt.devices import chips, cores, sharding
+from jaxgpt.recipe import abstract_model, resolve
+from jaxgpt.runs import metrics
+from jaxgpt.text import corpus
+from jaxgpt.tokenizer import CharTokenizer
+from jaxgpt.tools import ahead
+from jaxgpt.tools.ahead import Needs, Target
+
+# characters of the named corpora, which are pinned: planning downloads nothing
+CHARACTERS = {"shakespeare": 1_132_176, "tiny_shakespeare": 1_115_394}
+GPT2_IDS = 50_257
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig(Config):
+    """What a run will take, before it runs: all flags of train, and these."""
+
+    target: str | None = None
+    """Devices to plan for: v5e:2x4, v5p:2x2x1, v6e:16x16 (TPUs, compiled for; v5e:1x1 is one chip), h200:8 (GPUs,
+    estimated); left out, this machine's own."""
+    mfu: float = 0.4
+    """Part of the peak FLOP/s that the run is supposed to reach, in (0, 1]; 0.3 to 0.5 is common."""
+    search: bool = True
+    """Find a batch that fits, in one to three more compilations."""
+    json: bool = False
+    """One line of JSON instead of the table."""
+
+    def __post_init__(self):
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu is {self.mfu}: use a number above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What is known of the tokens without moving them."""
+
+    vocab_size: int
+    tokens: int | None
+    """In the training split; None where they are not on this machine."""
+    on_device: bool
+    """Whether the split lies on each device, as a text of characters does."""
+
+
+def find_text(config: Config) -> Text:
+    """Vocabulary and length of what the configuration trains on.
+
+    Raises:
+        ConfigError: the vocabulary is not known.
+        CorpusError: the file is not a text.
+    """
+    path, vocab_size, whole = config.data.path, config.model.vocab_size, None
+    chars = config.data.tokenizer == "char"
+    local = pathlib.Path(path or "").expanduser()
+    if path is not None and (local / "dataset.json").is_file():
+        facts = json.loads((local / "dataset.json").read_text(encoding="utf-8"))
+        return Text(facts["vocab_size"], int(config.data.train_fraction * facts["tokens"]), on_device=False)
+    if chars and path is None and vocab_size in (0, len(corpus.SHAKESPEARE_ALPHABET)):
+        vocab_size, whole = len(corpus.SHAKESPEARE_ALPHABET), CHARACTERS.get(config.data.name)
+    elif chars and path is not None and local.is_file():
+        text = corpus.load(config.data.name, path).text
+        vocab_size, whole = CharTokenizer.from_text(text).vocab_size, len(text)
+    elif config.data.tokenizer == "gpt2":
+        vocab_size = vocab_size or GPT2_IDS
+    if not vocab_size:
+        raise ConfigError(
+            f"the size of the vocabulary is not known ({path} is not here): add --model.vocab_size, 50257 for GPT-2's"
+        )
+    return Text(vocab_size, whole and int(config.data.train_fraction * whole), on_device=whole is not None)
+
+
+def count_parameters(config: Config) -> tuple[int, int]:
+    """All parameters, and those that FLOPs are counted by (all but the position table)."""
+    model = abstract_model(config, "cpu")
+    n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+    table = config.model.block_size * config.model.width if config.model.positions == "learned" else 0
+    return n, n - table
+
+
+def computed_again(config: Config) -> int:
+    """FLOPs a token that the backward pass spends on computing again what was not kept."""
+    model, C = config.model, config.model.width
+    attention = 4 * model.n_layer * model.block_size * C
+    matmuls = 2 * model.n_layer * C * C * (3 + model.projection + model.mlp_ratio * (1 + model.projection))
+    again = {"none": 0, "dots": attention, "full": attention + matmuls}[model.remat]
+    return again + (2 * model.vocab_size * C if config.train.loss_chunks > 1 else 0)
+
+
+def largest_batch(needs_of: Callable[[int], Needs], room: int, batch: int, needs: Needs) -> int | None:
+    """The largest of 1, 2, 3, 4, 6, 8, 12, ... windows a device that fits, found with few questions.
+
+    Temporaries grow nearly along a line with the batch: a line through what is known says what to ask next.
+
+    Args:
+        needs_of: what a batch a device needs; slow.
+        room: bytes of a device.
+        batch: windows a device that `needs` is of.
+        needs: known already.
+    """
+    known = {batch: needs}
+    ladder = sorted({f << e for e in range(16) for f in (2, 3)} | {1})
+    for _ in range(4):
+        sized = sorted((b, each.total) for b, each in known.items() if each.total is not None)
+        if not sized:
+            return None
+        (b0, least), (b1, most) = (0, needs.arguments) if len(sized) == 1 else sized[0], sized[-1]
+        slope = max((most - least) / (b1 - b0), 1)
+        bound = min((b for b, each in known.items() if not each.fits), default=math.inf)
+        guess = max((b for b in ladder if b < bound and most + slope * (b - b1) <= room), default=1)
+        if guess in known or guess >= bound:
+            break
+        known[guess] = needs_of(guess)
+    return max((b for b, each in known.items() if each.fits), default=None)
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """All that `jaxgpt plan` says, as a record for JSON; what is not known is None.
+
+    Raises:
+        ValueError: target, mesh, batch or vocabulary do not go together; the subclasses say which.
+    """
+    if config.target is None:  # as training on this machine does
+        mesh = cores.share(config.mesh, config.model, config.data.batch_size)
+        config = dataclasses.replace(config, mesh=mesh)
+    target, text = ahead.find_target(config.target), find_text(config)
+    config = resolve(config, text.vocab_size, target.platform)
+    sizes = sharding.sizes_of(config.mesh, target.n)
+    target = target._replace(n=math.prod(sizes.values()))  # the mesh may leave some out
+    parameters, counted = count_parameters(config)
+    shards = sizes["data"] * sizes["fsdp"]
+
+    def needs_of(batch: int) -> Needs:
+        sized = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch * shards))
+        if target.devices is None:
+            return ahead.estimate_step(sized, target, parameters)
+        return ahead.compile_step(sized, target, text.tokens if text.on_device else None)
+
+    mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), sharding.AXES)
+    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    batch = config.data.batch_size // shards
+    needs = needs_of(batch)
+    best = largest_batch(needs_of, target.room, batch, needs) if config.search and target.room else None
+    return {
+        "target": target.name,
+        "devices": target.n,
+        "chip": target.chip and target.chip.name,
+        "mesh": sizes,
+        "parameters": parameters,
+        "dtype": config.train.dtype,
+        "attention": ahead.kernel_of(config, target.platform),
+        "windows": config.data.batch_size * config.optim.grad_accumulation,
+        "block_size": config.model.block_size,
+        "batch_a_device": batch,
+        "steps": config.train.steps,
+        "epoch_tokens": text.tokens,
+        "estimated": target.devices is None,
+        **dataclasses.asdict(needs),
+        "room": target.room,
+        "searched": bool(config.search and target.room),
+        "fitting_batch_a_device": best,
+        "fitting_batch_size": best and best * shards,
+        **pace(config, target, counted, needs),
+    }
+
+
+def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> dict[str, Any]:
+    """FLOPs, roofline and duration.
+
+    Args:
+        config: resolved.
+        target: its chip may be unknown.
+        parameters: all but the position table.
+        needs: of a step.
+    """
+    model, chip = config.model, target.chip
+    a_token = metrics.flops_per_token(parameters, model.n_layer, model.width, model.block_size)
+    tokens = config.data.batch_size * config.optim.grad_accumulation * model.block_size
+    again = computed_again(config)
+    compute = chip and tokens * (a_token + again) / target.n / chip.flops
+    traffic = chip and needs.moved and needs.moved / chip.bandwidth
+    speed = chip and config.mfu * chip.flops * target.n / a_token
+    return {
+        "tokens_a_step": tokens,
+        "flops_a_step": tokens * a_token,
+        "flops_computed_again": tokens * again,
+        "bytes_a_token": needs.moved and needs.moved * target.n / tokens,
+        "compute_s": compute,
+        "traffic_s": traffic,
+        "roofline_s": traffic and max(compute, traffic),
+        "bound_by": traffic and ("memory traffic" if traffic > compute else "FLOPs"),
+        "roofline_mfu": traffic and tokens * a_token / target.n / chip.flops / max(compute, traffic),
+        "mfu": config.mfu,
+        "tokens_a_second": speed,
+        "hours": speed and config.train.steps * tokens / speed / 3600,
+    }
+
+
+def table(r: dict[str, Any]) -> str:
+    """A record of `plan` for people: one line a topic."""
+    chip, tokens = r["chip"] and chips.named(r["chip"]), r["tokens_a_step"]
+    each = f", each {_flops(chip.flops)}/s, {_bytes(chip.memory)}, {_bytes(chip.bandwidth)}/s" if chip else ""
+    again = f", and {_flops(r['flops_computed_again'])} to compute again what is not kept"
+    lines = {
+        "target": f"{r['target']}{each}",
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in r["mesh"].items()),
+        "model": f"{r['parameters']:,} parameters, computed in {r['dtype']}, attention {r['attention']}",
+        "step": f"{r['windows']:,} windows x {r['block_size']:,} = {tokens:,} tokens: {_flops(r['flops_a_step'])}"
+        + (again if r["flops_computed_again"] else ""),
+        "epoch": f"{r['epoch_tokens']:,} tokens, {r['epoch_tokens'] / tokens:,.1f} steps"
+        if r["epoch_tokens"]
+        else "length unknown, the tokens are not on this machine",
+        "memory": _memory(r),
+        "traffic": f"{_at_most(r)}{_bytes(r['moved'])} a step and device between chip and memory, "
+        f"{_bytes(r['bytes_a_token'])} a token"
+        if r["moved"]
+        else "unknown",
+    }
+    if chip:
+        lines |= _speed(r)
+    else:
+        lines["pace"] = "unknown: this device is not in the table of jaxgpt/devices/chips.py"
+    if r["searched"]:
+        batch, size = r["fitting_batch_a_device"], r["fitting_batch_size"]
+        fits = batch and f"{batch:,} windows a device fit (--data.batch_size {size:,})"
+        lines["batch"] = fits or "none found that fits: see memory"
+    return "\n".join(f"{topic:8} {said}" for topic, said in lines.items())
+
+
+def _speed(r: dict[str, Any]) -> dict[str, str]:
+    compute, traffic = (seconds and f"{seconds * 1e3:,.4g} ms" for seconds in (r["compute_s"], r["traffic_s"]))
+    roofline = f"{compute} a step for the FLOPs, unknown for the traffic"
+    if traffic:
+        roofline = (
+            f"{r['roofline_s'] * 1e3:,.4g} ms a step, bound by {r['bound_by']} (FLOPs {compute}, traffic "
+            f"{_at_most(r)}{traffic}): MFU up to {r['roofline_mfu']:.0%}"
+        )
+    pace = f"{r['tokens_a_second']:,.0f} tokens/s at {r['mfu']:.0%} MFU (--mfu)"
+    return {"roofline": roofline, "pace": f"{pace}: {r['steps']:,} steps in {r['hours']:,.3g} hours"}
+
+
+def _at_most(r: dict[str, Any]) -> str:
+    return "at most " if r["moved_at_most"] else ""
+
+
+def _memory(r: dict[str, Any]) -> str:
+    about = "estimated " if r["estimated"] else ""
+    if r["temporaries"] is None:
+        said = f"{_bytes(r['arguments'])} state, and temporaries"
+    else:
+        total = r["arguments"] + r["temporaries"]
+        said = f"{_bytes(r['arguments'])} state + {_bytes(r['temporaries'])} temporaries = {_bytes(total)} a device"
+    if r["fits"] is None:
+        return about + said
+    if r["fits"]:
+        return f"{about}{said}: fits {_bytes(r['room'])}"
+    return (
+        f"{about}{said}: DOES NOT FIT {_bytes(r['room'])}; use a smaller --data.batch_size (with more "
+        "--optim.grad_accumulation), --model.remat dots, or --mesh.fsdp over more devices"
+    )
+
+
+def _bytes(n: float) -> str:
+    return _scaled(n, "B")
+
+
+def _flops(n: float) -> str:
+    return _scaled(n, "FLOP")
+
+
+def _scaled(n: float, unit: str) -> str:
+    power = max(0, min(5, (len(str(int(n))) - 1) // 3))
+    return f"{n / 1000**power:.4g} {' kMGTP'[power].strip()}{unit}"

@@ -1,0 +1,56 @@
+"""Print the losses of 30 steps on each mesh named on the command line, as JSON: run by test_sharding.py.
+
+JAX_NUM_CPU_DEVICES=8 python tests/devices/mesh_losses.py linear 0.1 1,1,1 2,2,2
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxgpt import init, step
+from jaxgpt.devices import sharding
+from jaxgpt.model import GPTConfig
+from jaxgpt.optim import OptimConfig, optimizer, schedule
+
+# 65 ids are divided by no axis; accumulation is on
+CONFIG = GPTConfig(
+    vocab_size=65,
+    block_size=16,
+    n_layer=1,
+    n_head=8,
+    n_embd=64,
+    dropout=float(sys.argv[2]),
+    lm_head=sys.argv[1],
+    bias="all",
+    activation="gelu_tanh",
+)
+OPTIM = OptimConfig(warmup_steps=3, decay_steps=30, grad_accumulation=2)
+
+
+def losses(sizes: list[int]) -> list[float]:
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
+    tokens = np.random.default_rng(0).integers(0, 65, 2000).astype(np.uint8)
+    with jax.set_mesh(mesh):
+        model = init.abstract(CONFIG)
+        apart = sharding.works_apart(mesh, CONFIG.dropout)
+        recipe = step.Recipe(
+            nnx.graphdef(model), optimizer(OPTIM), schedule(OPTIM), 8, 16, 2, jnp.dtype("float32"), 1, apart
+        )
+        like = init.abstract_state(model, recipe.tx, mesh)
+        state = init.first_state(CONFIG, recipe.tx, 0, like)
+        state, metrics = step.train_steps(state, sharding.place(mesh, tokens), jax.random.key(0), recipe=recipe, n=30)
+        kept = jax.tree.map(lambda a, at: a.sharding.is_equivalent_to(at.sharding, a.ndim), state, like)
+        assert all(jax.tree.leaves(kept)), "a step moved the state"
+        split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
+        assert bool(split) == (sizes[1] * sizes[2] > 1)
+        final = step.evaluate(step.cast(state.params, recipe), jnp.asarray(tokens), batch_size=8)
+        return [*np.asarray(metrics["loss"]).tolist(), *np.asarray(metrics["grad_norm"]).tolist(), final]
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_default_matmul_precision", "highest")
+    print(json.dumps({mesh: losses([int(size) for size in mesh.split(",")]) for mesh in sys.argv[3:]}))

@@ -1,0 +1,42 @@
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from jaxgpt.devices import chips, sharding
+
+
+def device(kind, platform):
+    return types.SimpleNamespace(device_kind=kind, platform=platform)
+
+
+def test_the_peak_of_several_chips_is_the_sum_of_what_the_table_says():
+    assert chips.Peak([device("TPU v5 lite", "tpu")] * 8).flops == 8 * 197e12
+    assert chips.Peak([device("NVIDIA H200", "gpu")]).flops == 989e12
+
+
+def test_a_chip_that_is_not_in_the_table_has_no_peak_and_none_is_measured(monkeypatch):
+    monkeypatch.setattr(chips, "matmul_flops", lambda: pytest.fail("a GPU was measured like a CPU"))
+    peak = chips.Peak([device("NVIDIA H200", "gpu"), device("Some GPU", "gpu")])
+    peak.measure()
+    assert peak.flops is None
+
+
+def test_a_cpu_is_measured_once_for_all_its_devices():
+    peak = chips.Peak(jax.devices()[:1] * 2)
+    assert peak.flops is None
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(2))):  # as in a run
+        peak.measure()
+    assert peak.flops == chips.matmul_flops() > 1e9
+
+
+def test_the_measured_product_is_not_above_numpy_s_by_much():
+    square = np.ones((1024, 1024), np.float32)
+    times = []
+    for _ in range(20):
+        began = time.perf_counter()
+        square @ square
+        times.append(time.perf_counter() - began)
+    assert 1 / 20 < chips.matmul_flops() / (2 * 1024**3 / min(times)) < 20  # the units are right; machines are noisy

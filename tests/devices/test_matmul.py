@@ -1,0 +1,56 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxgpt.devices.matmul import WIDE, dot_general, matmul
+from jaxgpt.model import GPT, GPTConfig
+
+
+@pytest.mark.parametrize("inputs, outputs", [(8, 32), (32, 8), (8, 8)])
+def test_value_and_gradients_are_those_of_the_plain_product(inputs, outputs):
+    keys = jax.random.split(jax.random.key(inputs + outputs), 3)
+    x, w, out = (jax.random.normal(k, s) for k, s in zip(keys, [(3, 5, inputs), (inputs, outputs), (3, 5, outputs)]))
+    (ours, of_ours), (plain, of_plain) = (jax.vjp(jax.jit(f), x, w) for f in (matmul, jnp.matmul))
+    np.testing.assert_allclose(ours, plain, rtol=1e-6)
+    for mine, theirs in zip(of_ours(out), of_plain(out)):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)  # float32 sums of 15 and 32 terms
+
+
+def test_products_of_bfloat16_are_summed_in_float32():
+    x, w = jnp.ones((2, 4096), jnp.bfloat16) * 0.01, jnp.ones((4096, 2), jnp.bfloat16)
+    y, gradients = jax.vjp(jax.jit(matmul), x, w)
+    chex.assert_type([y, *gradients(y)], jnp.bfloat16)
+    exact = 4096 * float(x[0, 0])  # summed in bfloat16 it would stop growing at 256 terms
+    np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=2**-8)
+    assert ("preferred_element_type=float32" in str(jax.make_jaxpr(matmul)(x, w))) == WIDE
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_barrier_is_for_cpus_only(platform):
+    def loss(x, w):
+        return matmul(x, w).sum()
+
+    shapes = jax.ShapeDtypeStruct((15, 32), jnp.float32), jax.ShapeDtypeStruct((32, 8), jnp.float32)
+    text = jax.jit(jax.grad(loss, 1)).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert ("optimization_barrier" in text) == (platform == "cpu")
+
+
+def test_only_the_product_of_a_linear_layer_is_taken():
+    with pytest.raises(AssertionError):
+        dot_general(jnp.zeros((2, 3)), jnp.zeros((4, 3)), (((1,), (1,)), ((), ())))
+
+
+def test_remat_of_all_but_the_matmuls_computes_none_of_them_again():
+    def products(remat):
+        config = GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16, attention="xla", remat=remat)
+        graphdef, params = nnx.split(GPT(config, rngs=nnx.Rngs(0)))
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        gradient = jax.make_jaxpr(jax.grad(lambda params: nnx.merge(graphdef, params)(tokens).sum()))(params)
+        return str(gradient).count("dot_general[")
+
+    # the scores and their product with the values in each layer, and then the four linear layers too
+    assert products("dots") - products("none") == 2 * 2
+    assert products("full") - products("none") >= 2 * (2 + 3)

@@ -1,0 +1,137 @@
+import json
+import math
+import pathlib
+
+import chex
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxgpt
+from jaxgpt import cli, init, step
+from jaxgpt.data import DataConfig
+from jaxgpt.devices import sharding
+from jaxgpt.devices.sharding import MeshConfig
+from jaxgpt.devices.stopping import Stopped
+from jaxgpt.text import source, token_folder
+from jaxgpt.text.prepare import PrepareArgs, prepare
+
+
+@pytest.fixture
+def folder(tmp_path, text_file):
+    """A prepared folder with a BPE of 300 ids."""
+    prepare(PrepareArgs(str(text_file), str(tmp_path / "tokens"), tokenizer="bpe", vocab_size=300, workers=1))
+    return tmp_path / "tokens"
+
+
+@pytest.fixture
+def flags(tiny_config, folder):
+    return [*tiny_config, "--data.path", str(folder), "--data.train_fraction", "0.8"]
+
+
+def records(run_dir, kind):
+    lines = (pathlib.Path(run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def opened(path):
+    found = source.open_source(DataConfig(path=str(path), train_fraction=0.8))
+    found.split(sharding.make_mesh(MeshConfig(1)), 16)
+    return found
+
+
+def test_a_run_learns_from_a_folder_and_evaluates_the_whole_split(flags, tmp_path, capsys):
+    more = ["--train.steps", "150", "--train.eval_batches", "10", "--optim.learning_rate", "1e-2"]
+    run = jaxgpt.train(jaxgpt.load_config([*flags, *more]))
+    evals = records(run.dir, "eval")
+    assert evals[0]["val_loss"] == pytest.approx(math.log(300), abs=0.1)
+    assert evals[-1]["val_loss"] < 0.7 * evals[0]["val_loss"]
+    assert records(run.dir, "start")[0]["vocab_size"] == 300
+    capsys.readouterr()
+    assert cli.main(["eval", "--run", str(run.dir)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["nats_per_token"] == pytest.approx(evals[-1]["val_loss"], abs=0.1)
+    val = np.concatenate([np.asarray(piece)[1:] for piece in opened(tmp_path / "tokens").pieces("val")])
+    size = len(run.tokenizer.decode(val).replace("<|endoftext|>", "").encode())
+    assert result["tokens"] == len(val)
+    assert result["bits_per_byte"] == pytest.approx(result["nats_per_token"] * len(val) / math.log(2) / size)
+    assert cli.main(["sample", "--run", str(run.dir), "--max_new_tokens", "20"]) == 0
+    assert capsys.readouterr().out
+
+
+def test_an_interrupted_run_on_a_folder_ends_in_the_bits_of_an_uninterrupted_one(flags, tmp_path, monkeypatch):
+    from jaxgpt import loop
+
+    whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
+    config, look = jaxgpt.load_config(flags), loop.Job.look
+
+    def look_and_stop(job, state, at):
+        if at == 20:
+            raise Stopped(15, at)
+        return look(job, state, at)
+
+    monkeypatch.setattr(loop.Job, "look", look_and_stop)
+    with pytest.raises(Stopped):
+        jaxgpt.train(config)
+    monkeypatch.undo()
+    again = jaxgpt.train(config)
+    assert records(again.dir, "start")[1]["step"] == 10
+    chex.assert_trees_all_equal(*(nnx.to_pure_dict(nnx.state(run.model)) for run in (whole, again)))
+
+
+def test_a_step_sees_the_batch_that_the_seed_gives_it(folder):
+    found = opened(folder)
+    calls = [(0, 5), (5, 5), (10, 1)]
+    fed = np.concatenate([np.asarray(windows) for windows in found.feed(calls, seed=3, rows=4)])
+    chex.assert_shape(fed, (11, 4, 17))
+    for i in range(11):
+        expected = token_folder.read_windows(found.splits.train, 3, step.TRAIN, i, 4, 16)
+        np.testing.assert_array_equal(fed[i], expected)
+
+
+def test_losses_are_estimated_on_the_same_batches_of_each_split(folder):
+    found = opened(folder)
+    train, val = (np.asarray(found.sample(split, 3, 2, 4)) for split in ("train", "val"))
+    chex.assert_shape([train, val], (2, 4, 17))
+    np.testing.assert_array_equal(val, found.sample("val", 3, 2, 4))
+    assert (train != val).any()
+    feed = found.feed([(0, 2)], seed=3, rows=4)
+    assert (train != np.asarray(next(feed))).any()  # not what is trained on first
+
+
+def test_batches_and_their_windows_give_the_same_step(text_file):
+    """The two forms that train_steps takes, on the same windows."""
+    config = jaxgpt.GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    from jaxgpt import data, optim
+
+    settings = optim.OptimConfig(decay_steps=9)
+    graphdef = nnx.graphdef(init.abstract(config))
+    recipe = step.Recipe(
+        graphdef, optim.optimizer(settings), optim.schedule(settings), 4, 8, 1, jax.numpy.dtype("float32")
+    )
+    tokens, key = jax.numpy.arange(500) % 65, jax.random.key(0)
+
+    def state():
+        return step.init_state(step.params_of(init.init_model(config, 0)), recipe.tx)
+
+    batches = [data.batch(jax.random.fold_in(key, step.TRAIN), tokens, i, 4, 8) for i in range(3)]
+    windows = np.stack([np.concatenate([inputs, targets[:, -1:]], axis=1) for inputs, targets in batches])
+    drawn = step.train_steps(state(), tokens, key, recipe=recipe, n=3)
+    given = step.train_steps(state(), windows.astype(np.uint16), key, recipe=recipe, n=3)
+    chex.assert_trees_all_close(drawn, given, rtol=1e-5, atol=1e-9)  # float32, fused in another way
+
+
+def test_a_mixture_of_folders_has_one_fingerprint_that_its_weights_decide(folder):
+    one, other = (source.open_source(DataConfig(path=f"{folder}=0.7,{folder}={w}")).sha256 for w in (0.3, 0.2))
+    assert one != other != opened(folder).sha256
+    assert opened(folder).sha256 == json.loads((folder / "dataset.json").read_text())["sha256"]
+
+
+def test_another_folder_is_refused_on_evaluation(flags, folder, capsys):
+    run = jaxgpt.train(jaxgpt.load_config(flags))
+    dataset = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(dataset | {"sha256": "0" * 64}))
+    capsys.readouterr()
+    assert cli.main(["eval", "--run", str(run.dir)]) == 3
+    assert "0" * 64 in capsys.readouterr().err

@@ -1,0 +1,289 @@
+import collections
+import hashlib
+import itertools
+import json
+import threading
+import time
+
+import chex
+import numpy as np
+import pytest
+
+from jaxgpt.data import DataError
+from jaxgpt.text import token_folder
+from jaxgpt.text.token_folder import Mixture, Span
+from jaxgpt.tokenizer import CharTokenizer
+
+
+def make_folder(path, tokens, alphabet="abc"):
+    """A token folder written with numpy alone."""
+    path.mkdir()
+    np.save(path / "tokens.npy", tokens)
+    np.save(path / "document_ends.npy", np.array([len(tokens)]))
+    CharTokenizer(alphabet).save(path / "tokenizer.json")
+    facts = {
+        "format": 1,
+        "dtype": tokens.dtype.name,
+        "tokens": len(tokens),
+        "vocab_size": 60_000,
+        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "tokenizer_sha256": hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest(),
+    }
+    (path / "dataset.json").write_text(json.dumps(facts))
+    return str(path)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """Two folders whose tokens tell where they stand: 0 to 999 and 10,000 to 12,999."""
+    a = make_folder(tmp_path / "a", np.arange(1000, dtype=np.uint16))
+    b = make_folder(tmp_path / "b", np.arange(10_000, 13_000, dtype=np.uint16))
+    return token_folder.parse_sources(f"{a}=0.7,{b}=2.1")
+
+
+def error_of(call, *arguments):
+    """The message, after checking that it is one line of the form `what (where, value): remedy`."""
+    with pytest.raises(DataError) as caught:
+        call(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message and " (" in message and "): " in message
+    return message
+
+
+# Opening
+
+
+def test_a_folder_tells_what_it_holds(tmp_path):
+    tokens = np.arange(1000, dtype=np.uint16)
+    path = make_folder(tmp_path / "a", tokens)
+    folder = token_folder.open_token_folder(path)
+    assert (folder.name, folder.tokens, folder.dtype, folder.vocab_size) == (path, 1000, np.uint16, 60_000)
+    assert folder.sha256 == hashlib.sha256(tokens.tobytes()).hexdigest()
+    assert folder.tokenizer == tmp_path / "a" / "tokenizer.json"
+    np.testing.assert_array_equal(folder.read([0, 990], 10), [tokens[:10], tokens[990:]])
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "grow"])
+def test_damaged_tokens_are_named_with_both_hashes(tmp_path, damage):
+    tokens = np.arange(1000, dtype=np.uint16)
+    path = make_folder(tmp_path / "a", tokens)
+    data = (tmp_path / "a" / "tokens.npy").read_bytes()
+    bad = {"flip": data[:500] + b"\xff" + data[501:], "cut": data[:-2], "grow": data + b"\0\0"}[damage]
+    (tmp_path / "a" / "tokens.npy").write_bytes(bad)
+    message = error_of(token_folder.open_token_folder, path)
+    assert hashlib.sha256(tokens.tobytes()).hexdigest() in message
+    assert (
+        hashlib.sha256(bad[len(data) - 2000 :]).hexdigest() in message and f"{len(bad) - len(data) + 2000}" in message
+    )
+
+
+@pytest.mark.parametrize("at", [0, 999, 1_100_000])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, at):
+    tokens = np.full(1_200_000, 59_999, np.uint16)
+    tokens[at:] = [60_000 + i % 2 for i in range(len(tokens) - at)]
+    message = error_of(token_folder.open_token_folder, make_folder(tmp_path / "a", tokens))
+    assert f"token {at:,} is 60000, ids go to 59999" in message
+
+
+def test_another_tokenizer_in_the_folder_is_noticed(tmp_path):
+    path = make_folder(tmp_path / "a", np.arange(10, dtype=np.uint16))
+    CharTokenizer("xyz").save(tmp_path / "a" / "tokenizer.json")
+    assert "tokenizer.json" in error_of(token_folder.open_token_folder, path)
+
+
+@pytest.mark.parametrize("file", ["dataset.json", "tokens.npy", "tokenizer.json"])
+def test_an_unfinished_folder_is_refused(tmp_path, file):
+    path = make_folder(tmp_path / "a", np.arange(10, dtype=np.uint16))
+    (tmp_path / "a" / file).unlink()
+    assert path in error_of(token_folder.open_token_folder, path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1}', '{"format": 2}'])
+def test_a_description_that_is_none_is_refused(tmp_path, text):
+    path = make_folder(tmp_path / "a", np.arange(10, dtype=np.uint16))
+    (tmp_path / "a" / "dataset.json").write_text(text)
+    assert "dataset.json" in error_of(token_folder.open_token_folder, path)
+
+
+def test_a_header_that_contradicts_the_description_is_refused(tmp_path):
+    path = make_folder(tmp_path / "a", np.arange(10, dtype=np.uint16))
+    np.save(tmp_path / "a" / "tokens.npy", np.arange(10, dtype=np.uint16).view(np.uint8))  # the same bytes
+    assert "uint8" in error_of(token_folder.open_token_folder, path)
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    """A folder on an object store: gs://bucket lies in a folder of its own here."""
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "bucket").mkdir()
+    make_folder(tmp_path / "bucket" / "a", np.arange(1000, dtype=np.uint16))
+    local = token_folder.epath.Path
+    monkeypatch.setattr(
+        token_folder.epath, "Path", lambda path: local(str(path).replace("gs://bucket", str(tmp_path / "bucket")))
+    )
+    return tmp_path / "bucket" / "a"
+
+
+def test_a_remote_folder_is_copied_once(remote, tmp_path):
+    folder = token_folder.open_token_folder("gs://bucket/a")
+    assert folder.path.is_relative_to(tmp_path / "cache") and folder.name == "gs://bucket/a"
+    (remote / "tokens.npy").unlink()
+    assert token_folder.open_token_folder("gs://bucket/a") == folder
+    np.testing.assert_array_equal(folder.read([3], 5), [[3, 4, 5, 6, 7]])
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+
+
+def test_a_damaged_copy_is_made_again_and_a_damaged_original_is_not_kept(remote, tmp_path):
+    folder = token_folder.open_token_folder("gs://bucket/a")
+    (folder.path / "tokens.npy").write_bytes((folder.path / "tokens.npy").read_bytes()[:-1])
+    assert token_folder.open_token_folder("gs://bucket/a") == folder
+    (folder.path / "tokens.npy").unlink()
+    (remote / "tokens.npy").write_bytes((remote / "tokens.npy").read_bytes()[:-1])
+    error_of(token_folder.open_token_folder, "gs://bucket/a")
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+# Sources and splits
+
+
+def test_weights_are_normalised(two):
+    assert two.weights == pytest.approx((0.25, 0.75))
+    assert [(span.start, span.stop) for span in two.spans] == [(0, 1000), (0, 3000)]
+
+
+@pytest.mark.parametrize("path", ["a=0,b=1", "a=-1,b=1", "a=nan,b=1", "a=inf,b=1", "a=0.5,b", "a=x"])
+def test_a_weight_is_a_positive_number(path):
+    assert path in error_of(token_folder.parse_sources, path)
+
+
+def test_folders_of_different_tokenizers_do_not_mix(tmp_path):
+    a = make_folder(tmp_path / "a", np.arange(10, dtype=np.uint16))
+    b = make_folder(tmp_path / "b", np.arange(10, dtype=np.uint16), alphabet="abd")
+    assert a in (message := error_of(token_folder.parse_sources, f"{a}=1,{b}=1")) and b in message
+
+
+def test_the_leading_part_of_each_folder_is_for_training(two):
+    train, val = token_folder.split(two, 0.9, 8)
+    assert [span[1:] for span in train.spans] == [(0, 900), (0, 2700)]
+    assert [span[1:] for span in val.spans] == [(900, 1000), (2700, 3000)]
+    assert train.weights == val.weights == two.weights
+
+
+def test_a_split_shorter_than_a_window_is_named_with_its_numbers(two):
+    message = error_of(token_folder.split, two, 0.9, 100)
+    assert "100 in the validation split, 101 needed" in message and two.spans[0].folder.name in message
+
+
+# Batches
+
+
+def test_a_batch_depends_on_seed_stream_and_step_only(two):
+    def read(*key):
+        return token_folder.read_windows(two, *key, batch_size=6, block_size=8)
+
+    keys = list(itertools.product([1337, -1, -2], [0, 1], [0, 1, 10**12]))
+    batches = {key: read(*key) for key in keys}
+    for key in reversed(keys):
+        np.testing.assert_array_equal(read(*key), batches[key])
+    assert len({batch.tobytes() for batch in batches.values()}) == len(keys)
+
+
+def test_the_windows_of_a_step_stay_what_they_are(two):
+    """A run that continues with another numpy must see the same data: these came from numpy 2.4."""
+    which, starts = token_folder.draw_windows(two, 1337, 0, 5, batch_size=4, block_size=8)
+    assert (which.tolist(), starts.tolist()) == ([1, 1, 1, 0], [256, 2931, 501, 665])
+
+
+def test_rows_of_a_part_are_those_of_the_whole(two):
+    whole = token_folder.read_windows(two, 0, 0, 3, batch_size=12, block_size=8)
+    rows = [slice(i, i + 4) for i in (0, 4, 8)]
+    parts = [token_folder.read_windows(two, 0, 0, 3, batch_size=12, block_size=8, rows=each) for each in rows]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    chex.assert_shape(whole, (12, 9))
+    chex.assert_type(whole, np.uint16)
+    np.testing.assert_array_equal(np.diff(whole.astype(int), axis=1), 1)
+
+
+def test_every_window_can_be_drawn_and_none_crosses_the_cut(two):
+    folder = two.spans[0].folder
+    mixture = Mixture((Span(folder, 100, 120),), (1.0,))
+    windows = token_folder.read_windows(mixture, 0, 0, 0, batch_size=2000, block_size=8)
+    counts = collections.Counter(windows[:, 0].tolist())
+    assert set(counts) == set(range(100, 112)) and windows.max() == 119  # 12 windows of 8 inputs and a last target
+    assert min(counts.values()) > 0.6 * 2000 / 12  # 5 sigma of 2,000 draws of 12
+
+
+def test_folders_are_drawn_by_their_weights(two):
+    n = 20_000
+    which, _ = token_folder.draw_windows(two, 0, 0, 0, n, 8)
+    sigma = (n * 0.25 * 0.75) ** 0.5
+    assert abs((which == 0).sum() - 0.25 * n) < 4 * sigma
+    windows = token_folder.read_windows(two, 0, 0, 0, 100, 8)
+    np.testing.assert_array_equal(windows[:, 0] >= 10_000, which[:100] == 1)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(two):
+    file = two.spans[0].folder.path / "tokens.npy"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "shorter" in error_of(two.spans[0].folder.read, [980], 10)
+
+
+@pytest.mark.parametrize("size", [1, 7, 99, 100, 5000])
+def test_pieces_in_order_predict_each_token_but_the_first_of_a_span_once(two, size):
+    _, val = token_folder.split(two, 0.9, 8)
+    pieces = list(token_folder.consecutive(val, size))
+    assert max(map(len, pieces)) <= size + 1 and min(map(len, pieces)) > 1
+    targets = np.concatenate([piece[1:] for piece in pieces])
+    np.testing.assert_array_equal(targets, [*range(901, 1000), *range(12_701, 13_000)])
+    np.testing.assert_array_equal(np.concatenate([piece[:-1] for piece in pieces]), targets - 1)
+
+
+# One ahead
+
+
+def test_the_next_one_is_read_while_the_caller_works_and_no_further():
+    reads, second = [], threading.Event()
+
+    def read(i):
+        reads.append(i)
+        if i == 1:
+            second.set()
+        return i * i
+
+    results = token_folder.prefetched(read, itertools.count())
+    assert next(results) == 0
+    assert second.wait(10)
+    time.sleep(0.05)
+    assert reads == [0, 1]
+    assert list(itertools.islice(results, 3)) == [1, 4, 9]
+    results.close()
+
+
+def test_all_results_come_in_order_and_then_no_more():
+    assert list(token_folder.prefetched(str, range(5))) == list("01234")
+    assert list(token_folder.prefetched(str, [])) == []
+
+
+def test_what_reading_raises_is_raised_in_its_turn():
+    results = token_folder.prefetched(lambda i: 1 // (2 - i), range(5))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_closing_waits_for_no_more_than_the_read_in_flight():
+    gate, threads = threading.Event(), threading.active_count()
+
+    def read(i):
+        if i:
+            gate.wait(10)
+        return i
+
+    results = token_folder.prefetched(read, range(1000))
+    assert next(results) == 0
+    threading.Timer(0.1, gate.set).start()
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 5
+    time.sleep(0.2)
+    assert threading.active_count() == threads

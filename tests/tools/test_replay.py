@@ -1,0 +1,72 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxgpt
+from jaxgpt import cli, loop
+from jaxgpt.config import ConfigError
+from jaxgpt.devices import sharding
+from jaxgpt.runs import checkpoint
+from jaxgpt.runs.checkpoint import CheckpointError
+from jaxgpt.tools import replay
+from jaxgpt.tools.replay import ReplayArgs
+
+
+def recorded(run_dir):
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+@pytest.mark.parametrize("accumulation", [2])
+def test_a_repeated_step_has_the_loss_that_training_recorded(tiny_config, tmp_path, accumulation):
+    flags = ["--optim.grad_accumulation", str(accumulation)]
+    jaxgpt.train(jaxgpt.load_config([*tiny_config, *flags]))  # dropout is on
+    losses = recorded(tmp_path / "run")
+    for step, before in {35: 30, 40: 30}.items():
+        found = replay.replay(ReplayArgs(str(tmp_path / "run"), step))
+        assert found.checkpoint == before and found.first is None
+        assert found.loss == pytest.approx(losses[step], rel=1e-6)
+    assert losses[35] != losses[40]
+
+
+def test_the_first_tensor_that_is_not_finite_is_named(tiny_config, tmp_path, capsys):
+    run = tmp_path / "run"
+    jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.n_layer", "2"]))
+    checkpoints = checkpoint.Checkpoints(run / "checkpoints")
+    facts = checkpoints.manifest(30)
+    config = jaxgpt.load_config(["--config", str(run / "config.yaml")])
+    like = replay.set_up(config, sharding.make_mesh(sharding.MeshConfig(1))).like
+    state = checkpoints.restore(30, vars(like))
+    kernel = state["params"]["blocks"][1]["mlp"]["fc"]["kernel"]
+    state["params"]["blocks"][1]["mlp"]["fc"]["kernel"] = kernel.at[0, 0].set(np.nan).at[3, 1].set(np.inf)
+    checkpoints.save(32, state, {name: facts[name] for name in ("val_loss", "corpus_sha256", "mesh")})
+    checkpoints.close()
+    with jax.debug_nans(False):
+        found = replay.replay(ReplayArgs(str(run), 33))
+        assert found.first == "parameter blocks.1.mlp.fc.kernel" and found.checkpoint == 32
+        size = 16 * 64
+        assert found.values == f"1 NaN and 1 infinite of {size:,}"
+        assert cli.main(["replay", "--run", str(run), "--step", "33"]) == 0
+    assert "not finite: parameter blocks.1.mlp.fc.kernel (1 NaN and 1 infinite" in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_says_how_to_find_the_cause_and_that_finds_it(tiny_config, tmp_path):
+    flags = ["--optim.learning_rate", "1e30", "--optim.grad_clip", "0", "--run.checkpoint_interval", "1"]
+    with jax.debug_nans(False):
+        with pytest.raises(loop.NonFiniteError, match=r"last loss 3\.\d+ at step 1\): .*replay --run .*run --step 2`"):
+            jaxgpt.train(jaxgpt.load_config([*tiny_config, *flags]))
+        found = replay.replay(ReplayArgs(str(tmp_path / "run"), 2))
+    # the parameters of step 1 are huge, not infinite: a layer's product is what overflows
+    assert found.first.split(" ")[0] in ("embeddings", "output", "logits") and found.checkpoint == 1
+    assert not np.isfinite(found.loss)
+
+
+@pytest.mark.parametrize("step, error", [(0, ConfigError), (41, ConfigError), (10, CheckpointError)])
+def test_steps_that_cannot_be_repeated_are_refused(tiny_config, tmp_path, step, error):
+    jaxgpt.train(jaxgpt.load_config(tiny_config))
+    with pytest.raises(error, match="step"):
+        replay.replay(ReplayArgs(str(tmp_path / "run"), step))
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        replay.replay(ReplayArgs(str(tmp_path), 5))
