@@ -15,8 +15,8 @@ from turns import Worker, WorkerError, compare, take_turns
 from jaxgpt import load_config
 from jaxgpt.config import Config
 from jaxgpt.devices import chips
-from jaxgpt.recipe import resolve
 from jaxgpt.text.source import Text, open_source
+from jaxgpt.training import resolve
 
 HERE = pathlib.Path(__file__).parent
 RECIPE, GPT2 = "shakespeare_cpu", "gpt2_124m"

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxgpt import init, load_config, recipe, step
+from jaxgpt import init, load_config, step, training
 from jaxgpt.runs import manifest
 from jaxgpt.runs.checkpoint import Checkpoints
 
@@ -37,12 +37,12 @@ def timed(function, *args):
     return time.perf_counter() - began, result
 
 
-def steps_of(config, calls: int, state, tokens, key, compiled, save=None):
+def steps_of(config, calls: int, state, windows, key, compiled, save=None):
     """Seconds of that many calls, with a save before the first one, and of the save alone."""
     began = time.perf_counter()
     blocked = timed(save, state)[0] if save else 0.0
     for _ in range(calls):
-        state, _ = compiled(state, tokens, key)
+        state, _ = compiled(state, windows, key)
     jax.block_until_ready(state)
     return time.perf_counter() - began, blocked, state
 
@@ -55,13 +55,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--folder", help="where to write; the temporary folder by default")
     args = parser.parse_args()
-    config = recipe.resolve(load_config(["--config", args.config]), 65)
-    made = recipe.make_recipe(config, recipe.abstract_model(config, jax.default_backend()))
+    config = training.resolve(load_config(["--config", args.config]), 65)
+    spec = training.step_spec(config, training.abstract_model(config, jax.default_backend()))
     key, per_call = jax.random.key(0), config.train.steps_per_call
-    tokens = jax.numpy.asarray(np.random.default_rng(0).integers(0, 65, 1_000_000, dtype=np.uint8))
-    state = step.init_state(init.init_params(config.model, key), made.tx)
-    compiled = step.train_steps.lower(state, tokens, key, recipe=made, n=per_call).compile()
-    _, _, state = steps_of(config, 5, state, tokens, key, compiled)
+    shape = per_call, config.optim.grad_accumulation * config.data.batch_size, config.model.block_size + 1
+    windows = jax.numpy.asarray(np.random.default_rng(0).integers(0, 65, shape, dtype=np.uint8))
+    state = step.init_state(init.init_params(config.model, key), spec.tx)
+    compiled = step.train_steps.lower(state, windows, key, spec=spec).compile()
+    _, _, state = steps_of(config, 5, state, windows, key, compiled)
     found = {name: [] for name in ("orbax_s", "save_s", "manifest_share", "verify_share", "blocked_s",
                                    "blocked_share", "lost_share")}  # fmt: skip
     folder = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt-saves-", dir=args.folder))
@@ -85,14 +86,14 @@ def main() -> None:
             save_plain_s, _ = timed(save_plain, str(i + 2))
             save_s, _ = timed(save_ours, 3 * i + 4)
             reader = Checkpoints(folder / "ours")
-            verify_s, damage = timed(reader.damage, 3 * i + 4)
+            verify_s, damage = timed(reader.find_damage, 3 * i + 4)
             reader.close()
             assert damage is None
             calls = max(args.steps // per_call, 1)
-            without, _, state = steps_of(config, calls, state, tokens, key, compiled)
+            without, _, state = steps_of(config, calls, state, windows, key, compiled)
             ours.wait()
             with_save, blocked, state = steps_of(
-                config, calls, state, tokens, key, compiled, lambda s, i=i: ours.save(3 * i + 5, vars(s), facts)
+                config, calls, state, windows, key, compiled, lambda s, i=i: ours.save(3 * i + 5, vars(s), facts)
             )
             ours.wait()
             interval = without / (calls * per_call) * config.run.checkpoint_interval

@@ -24,9 +24,9 @@ from flax import nnx
 
 from jaxgpt import init, load_config, model, sampling, step
 from jaxgpt.config import Config
-from jaxgpt.devices import cores, matmul, sharding
+from jaxgpt.devices import matmul, sharding
 from jaxgpt.devices.sharding import MeshConfig
-from jaxgpt.recipe import make_recipe, resolve
+from jaxgpt.training import mesh_config, resolve, step_spec
 
 
 class Training:
@@ -37,12 +37,12 @@ class Training:
         self.mesh = sharding.make_mesh(mesh)
         with jax.set_mesh(self.mesh):
             abstract = init.abstract(config.model)
-            self.recipe = make_recipe(config, abstract, self.mesh)
-            like = init.abstract_state(abstract, self.recipe.tx, self.mesh)
-            self.state = init.first_state(config.model, self.recipe.tx, config.seed, like)
+            self.spec = step_spec(config, abstract, self.mesh)
+            like = init.abstract_state(abstract, self.spec.tx, self.mesh)
+            self.state = init.first_state(config.model, self.spec.tx, config.seed, like)
             tokens = np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)
             self.data = sharding.place(self.mesh, tokens), jax.random.key(0)
-            self.call = step.train_steps.lower(self.state, *self.data, recipe=self.recipe, n=n).compile()
+            self.call = step.train_steps.lower(self.state, *self.data, recipe=self.spec, n=n).compile()
 
     def __call__(self) -> int:
         self.state, _ = jax.block_until_ready(self.call(self.state, *self.data))
@@ -74,7 +74,7 @@ class Sliding:
 
 def sides(trick: str, config: Config, n: int) -> dict[str, Training | Sliding]:
     """With the trick, and without it."""
-    ours = cores.share(config.mesh, config.model, config.data.batch_size)
+    ours = mesh_config(config)
     config = resolve(config, 65)
     match trick:
         case "matmul":

@@ -1,10 +1,32 @@
-"""The GPT of "Let's build GPT from scratch" in JAX and Flax."""
+"""The GPT of "Let's build GPT from scratch" in JAX and Flax.
 
-from jaxgpt.config import Config, load_config
-from jaxgpt.model import GPT, GPTConfig
-from jaxgpt.runs.directory import Run, load
-from jaxgpt.sampling import generate
-from jaxgpt.tokenizer import CharTokenizer
-from jaxgpt.training import train
+The public names are imported when they are first used: `import jaxgpt` itself loads nothing, not even jax.
+"""
 
-__all__ = ["GPT", "CharTokenizer", "Config", "GPTConfig", "Run", "generate", "load", "load_config", "train"]
+import importlib
+
+_HOMES = {
+    "CharTokenizer": "jaxgpt.tokenizer",
+    "Config": "jaxgpt.config",
+    "GPT": "jaxgpt.model",
+    "GPTConfig": "jaxgpt.model",
+    "Run": "jaxgpt.runs.directory",
+    "generate": "jaxgpt.sampling",
+    "load": "jaxgpt.runs.directory",
+    "load_config": "jaxgpt.config",
+    "train": "jaxgpt.training",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

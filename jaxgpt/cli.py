@@ -1,28 +1,20 @@
-"""The command line, `jaxgpt COMMAND`. Errors become one line on stderr and an exit code."""
+"""The command line, `jaxgpt COMMAND`. An error becomes one line on stderr and an exit code.
 
-import dataclasses
+Each command imports what it needs, so that a command starts as quickly as it can.
+"""
+
 import difflib
 import json
+import logging
+import os
 import pathlib
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
-import jax
-import numpy as np
-
-from jaxgpt import config as configs
-from jaxgpt import sampling, training
-from jaxgpt.config import Config, ConfigError
-from jaxgpt.devices import processes
-from jaxgpt.errors import describe, say_in_one_line
-from jaxgpt.files import download
-from jaxgpt.interop import export, importing
-from jaxgpt.runs import metrics
-from jaxgpt.runs.directory import load
-from jaxgpt.text import prepare
-from jaxgpt.tools import doctor, ladder, plan, replay
-from jaxgpt.tools import evaluate as evaluation
+from jaxgpt.errors import JaxgptError, JaxgptWarning, one_line
+from jaxgpt.flags import ConfigError, help_text, parse, split_flags
 
 USAGE = """usage: jaxgpt COMMAND [flags]
 
@@ -44,47 +36,29 @@ Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class SampleArgs:
-    """Write text with a trained run. Only the text goes to stdout."""
-
-    run: str
-    """Run directory."""
-    prompt: str | None = None
-    """Text to continue; without one, a new text is begun."""
-    prompt_file: str | None = None
-    """UTF-8 file with the text to continue, instead."""
-    max_new_tokens: int = 500
-    """Tokens to write."""
-    num_samples: int = 1
-    """Texts to write, separated by a line of dashes."""
-    temperature: float = 1.0
-    """Below 1 more likely text, above 1 more varied; 0 takes the likeliest token each time."""
-    top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
-    top_p: float | None = None
-    """Draw from the fewest likeliest tokens whose probabilities reach p."""
-    seed: int = 1337
-    """Another seed, another text."""
-    stream: bool = False
-    """Show the text while it is written; for one sample."""
-
-
 def train(argv: Sequence[str]) -> None:
     """`jaxgpt train`."""
-    if {"-h", "--help"} & set(argv):
+    from jaxgpt import training
+    from jaxgpt.config import Config, load_config
+
+    if _asks_for_help(argv):
         print("Flags override the recipe, which overrides the defaults below.  --config FILE  the recipe\n")
-        configs.run_tyro(Config, ["--help"], "jaxgpt train --config FILE")
+        print(help_text(Config, "jaxgpt train --config FILE"))
+        return
     _need_recipe(argv)
-    training.train(configs.load_config(argv))
+    training.train(load_config(argv))
 
 
 def plan_run(argv: Sequence[str]) -> None:
     """`jaxgpt plan`."""
-    if {"-h", "--help"} & set(argv):
-        configs.run_tyro(plan.PlanConfig, ["--help"], "jaxgpt plan --config FILE")
+    from jaxgpt.config import load_config
+    from jaxgpt.tools import plan
+
+    if _asks_for_help(argv):
+        print(help_text(plan.PlanConfig, "jaxgpt plan --config FILE"))
+        return
     _need_recipe(argv)
-    config = configs.load_config(argv, plan.PlanConfig, "jaxgpt plan")
+    config = load_config(argv, plan.PlanConfig)
     record = plan.plan(config)
     print(json.dumps(record) if config.json else plan.table(record))
 
@@ -108,90 +82,92 @@ def recipes() -> str:
 
 def sample(argv: Sequence[str]) -> None:
     """`jaxgpt sample`."""
-    args: SampleArgs = _parse(SampleArgs, argv, "jaxgpt sample")
-    rules = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    sampling.make_rule(**rules)  # before the model is loaded
-    for name in ("num_samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"{name} is {getattr(args, name)} (command line): use 1 or more")
-    if args.stream and args.num_samples > 1:
-        raise ConfigError("one text at a time can be streamed (--num_samples): leave out --stream")
-    prompt = args.prompt
-    if args.prompt_file is not None:
-        try:
-            prompt = pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the prompt ({args.prompt_file}, {error}): name a UTF-8 text file") from None
-    run = load(args.run)
-    print(f"run {args.run}, step {run.step:,}", file=sys.stderr)
-    start = run.tokenizer.start if prompt is None else run.tokenizer.encode(prompt)
-    tokens = np.tile(start, (args.num_samples, 1))
-    key = jax.random.key(args.seed)
-    show = metrics.harmless if sys.stdout.isatty() else str
-    if args.stream:
-        print(show(run.tokenizer.decode(start)), end="", flush=True)
-        for new in sampling.stream(run.model, tokens, key, args.max_new_tokens, **rules):
-            print(show(run.tokenizer.decode(np.asarray(new)[0])), end="", flush=True)
-        print()
-        return
-    out = sampling.generate(run.model, tokens, key, args.max_new_tokens, **rules)
-    print(f"\n{'-' * 15}\n".join(show(run.tokenizer.decode(row)) for row in np.asarray(out)))
+    from jaxgpt.tools.sample import SampleArgs, sample
+
+    _run(SampleArgs, argv, "jaxgpt sample", sample)
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """`jaxgpt eval`."""
-    print(json.dumps(evaluation.evaluate(_parse(evaluation.EvalArgs, argv, "jaxgpt eval"))))
+    from jaxgpt.tools.evaluate import EvalArgs, evaluate
+
+    _run(EvalArgs, argv, "jaxgpt eval", lambda args: print(json.dumps(evaluate(args))))
 
 
 def import_weights(argv: Sequence[str]) -> None:
     """`jaxgpt import`."""
-    args: importing.ImportArgs = _parse(importing.ImportArgs, argv, "jaxgpt import")
-    made = importing.import_run(args)
-    sizes = f"{made.model.n_layer} layers, {made.model.n_embd} channels, {made.model.block_size:,} positions"
-    left_out = f", {made.padding} rows of padding left out" if made.padding else ""
-    print(f"model    {made.parameters:,} parameters: {sizes}, {made.model.vocab_size:,} ids{left_out}")
-    print(f"run      {args.run}, step 0\nmore     jaxgpt sample --run {args.run}")
+    from jaxgpt.interop.importing import ImportArgs, import_run
+
+    def command(args: ImportArgs) -> None:
+        made = import_run(args)
+        sizes = f"{made.model.n_layer} layers, {made.model.n_embd} channels, {made.model.block_size:,} positions"
+        left_out = f", {made.padding} rows of padding left out" if made.padding else ""
+        print(f"model    {made.parameters:,} parameters: {sizes}, {made.model.vocab_size:,} ids{left_out}")
+        print(f"run      {args.run}, step 0\nmore     jaxgpt sample --run {args.run}")
+
+    _run(ImportArgs, argv, "jaxgpt import", command)
 
 
 def export_run(argv: Sequence[str]) -> None:
     """`jaxgpt export`."""
-    args: export.ExportArgs = _parse(export.ExportArgs, argv, "jaxgpt export")
-    print(f"files    {args.to}: {', '.join(export.export(args))}")
+    from jaxgpt.interop.export import ExportArgs, export
+
+    _run(ExportArgs, argv, "jaxgpt export", lambda args: print(f"files    {args.to}: {', '.join(export(args))}"))
 
 
 def prepare_tokens(argv: Sequence[str]) -> None:
     """`jaxgpt prepare`."""
-    prepare.prepare(_parse(prepare.PrepareArgs, argv, "jaxgpt prepare"))
+    from jaxgpt.text.prepare import PrepareArgs, prepare
+
+    _run(PrepareArgs, argv, "jaxgpt prepare", prepare)
 
 
 def replay_step(argv: Sequence[str]) -> None:
     """`jaxgpt replay`."""
-    args: replay.ReplayArgs = _parse(replay.ReplayArgs, argv, "jaxgpt replay")
-    found = replay.replay(args)
-    print(f"step     {found.step:,} of {args.run}, repeated from checkpoint {found.checkpoint:,}")
-    print(f"first    not finite: {found.first} ({found.values})" if found.first else f"finite   loss {found.loss:.4f}")
+    from jaxgpt.tools.replay import ReplayArgs, replay
+
+    def command(args: ReplayArgs) -> None:
+        found = replay(args)
+        print(f"step     {found.step:,} of {args.run}, repeated from checkpoint {found.checkpoint:,}")
+        first = f"first    not finite: {found.first} ({found.values})"
+        print(first if found.first else f"finite   loss {found.loss:.4f}")
+
+    _run(ReplayArgs, argv, "jaxgpt replay", command)
 
 
 def climb_ladder(argv: Sequence[str]) -> None:
     """`jaxgpt ladder`."""
-    args: ladder.LadderArgs = _parse(ladder.LadderArgs, argv, "jaxgpt ladder")
-    if args.seeds < 1:
-        raise ConfigError(f"seeds is {args.seeds} (command line): use 1 or more")
-    picture = ladder.climb(args)
-    print(f"\n{picture.with_name('ladder.md').read_text(encoding='utf-8')}\npicture  {picture}")
+    from jaxgpt.tools.ladder import LadderArgs, climb
+
+    def command(args: LadderArgs) -> None:
+        picture = climb(args)
+        print(f"\n{picture.with_name('ladder.md').read_text(encoding='utf-8')}\npicture  {picture}")
+
+    _run(LadderArgs, argv, "jaxgpt ladder", command)
 
 
 def examine_machine(argv: Sequence[str]) -> None:
     """`jaxgpt doctor`."""
-    if argv and argv[0] not in ("-h", "--help"):
+    if _asks_for_help(argv):
+        print("usage: jaxgpt doctor\n\nWhat jax finds on this machine; ! marks a remedy.")
+        return
+    if argv:
         raise ConfigError(f"doctor takes no flags (command line, {argv[0]}): run `jaxgpt doctor`")
-    print(doctor.report() if not argv else "usage: jaxgpt doctor\n\nWhat jax finds on this machine; ! marks a remedy.")
+    from jaxgpt.tools import doctor
+
+    print(doctor.report())
 
 
-def _parse(cls: type, argv: Sequence[str], prog: str):
-    if {"-h", "--help"} & set(argv):
-        configs.run_tyro(cls, ["--help"], prog)
-    return configs.parse_flags(cls, argv, prog)
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(argv))
+
+
+def _run(cls: type, argv: Sequence[str], prog: str, command: Callable) -> None:
+    """Call a command with its flags as a dataclass, or print its help."""
+    if _asks_for_help(argv):
+        print(help_text(cls, prog))
+    else:
+        command(parse(cls, split_flags(argv, cls), "command line"))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -220,29 +196,89 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--help"]
             raise ConfigError(f"no such command ({argv[0]}): perhaps you meant `jaxgpt {near[0]}`")
-        keep_compiled()
-        say_in_one_line(debug)
+        _quieten_libraries(debug)
+        if not _asks_for_help(argv):
+            keep_compiled()
         COMMANDS[argv[0]](argv[1:])
     except BaseException as error:
-        if isinstance(error, SystemExit):  # --help
-            return int(error.code or 0)
-        if debug:
-            traceback.print_exc()
-        code, message = describe(error)
-        if code:
-            print(message if code in (75, 130) else f"jaxgpt: error: {message}", file=sys.stderr)
-        if code == 1 and not debug:
-            print(
-                "This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr
-            )
-        if processes.several():  # jax would wait for the others at exit, who wait for this process
-            processes.leave(code)
-        return code
+        return _fail(error, debug)
     return 0
 
 
+def _fail(error: BaseException, debug: bool) -> int:
+    """Say why a command failed; returns its exit code."""
+    if debug:
+        traceback.print_exc()
+    code, message = describe(error)
+    if code:
+        print(message if code in (75, 130) else f"jaxgpt: error: {message}", file=sys.stderr)
+    if code == 1 and not debug:
+        print("This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr)
+    if "jax" in sys.modules:
+        from jaxgpt.devices import processes
+
+        if processes.is_multi_process():  # an orderly exit would wait for the others, who wait for this process
+            processes.exit_process(code)
+    return code
+
+
+def describe(error: BaseException) -> tuple[int, str]:
+    """The exit code of an error, and its message as one printable line; the message of a bug stays as it is."""
+    code, message = _translate(error)
+    return code, message if code == 1 else one_line(message)
+
+
+def _translate(error: BaseException) -> tuple[int, str]:
+    from jaxgpt.files import storage
+
+    text = str(error) or type(error).__name__
+    if "jax" in sys.modules:
+        from jaxgpt.devices import processes
+
+        if processes.lost_peer(error):
+            again = "run the same command again on all of them; the last checkpoint is intact"
+            return 8, f"another process of the run is gone ({text.splitlines()[0][:200]}): {again}"
+        import jax
+
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text:
+            first = text.splitlines()[0]
+            return 9, f"out of memory ({first}): halve --data.batch_size, double --optim.grad_accumulation"
+    if isinstance(error, JaxgptError):
+        return error.exit_code, text
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped by Ctrl-C"
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
+        return 0, ""
+    if isinstance(error, OSError) and error.errno in storage.ERRNOS:
+        return storage.StorageError.exit_code, storage.cannot_write(error.filename, error.errno)
+    return 1, f"{type(error).__name__}: {text}"
+
+
+_format_warning = warnings.formatwarning
+
+
+def _quieten_libraries(debug: bool) -> None:
+    """Show each warning of ours as one line, and hide what libraries log about errors that they raise as well."""
+
+    def formatted(message, category, *where):
+        if issubclass(category, JaxgptWarning):
+            return f"jaxgpt: warning: {one_line(str(message))}\n"
+        return _format_warning(message, category, *where)
+
+    warnings.formatwarning = formatted
+    if not debug:
+        for library in ("absl", "asyncio"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        sys.unraisablehook = lambda _: None  # tensorstore's threads report here
+
+
 def keep_compiled() -> None:
-    """Keep what XLA compiles in the user's cache folder, if it can be written."""
+    """Keep what XLA compiles in the user's cache folder, if that can be written."""
+    import jax
+
+    from jaxgpt.files import download
+
     try:
         folder = download.cache_dir() / "xla"
         folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

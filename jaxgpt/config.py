@@ -3,29 +3,21 @@
 A YAML file is turned into the same flags as the command line, so both meet the same checks.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import io
 import pathlib
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import tyro
 import yaml
 from etils import epath
 
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.processes import DistributedConfig
 from jaxgpt.devices.sharding import MeshConfig
+from jaxgpt.errors import ArgumentError, CheckpointError
+from jaxgpt.flags import ConfigError, check_name, fields, parse, split_flags
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig
-from jaxgpt.runs.checkpoint import CheckpointError, RunConfig
-
-
-class ConfigError(ValueError):
-    """A flag, file or value that does not fit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +46,30 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use 1 or more")
         if self.patience < 0:
-            raise ValueError(f"patience is {self.patience}: use 0 (never stop early) or more")
+            raise ArgumentError(f"patience is {self.patience}: use 0 (never stop early) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept, and how often."""
+
+    dir: str = ""
+    """Run directory, also on an object store (gs://...); the default is runs/<name of the config file>."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue the run in the directory if there is one, refuse to, or insist on it."""
+    init_from: str = ""
+    """Run directory to start a new run from: its best weights, its model and its tokenizer, but step 0."""
+    checkpoint_interval: int = 250
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """How many of the latest checkpoints are kept; the one with the best validation loss is kept besides."""
+
+    def __post_init__(self):
+        for name in ("checkpoint_interval", "keep"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use 1 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +87,16 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
-def fields(cls: type) -> dict[str, type]:
-    """All fields of a dataclass of sections, as flags name them (`model.n_layer`), with their types."""
-    found = {}
-    for field in dataclasses.fields(cls):
-        inner = fields(field.type) if dataclasses.is_dataclass(field.type) else {"": field.type}
-        outer = field.name.rstrip("_")  # where a flag is a word of Python, such as --from
-        found |= {f"{outer}.{name}".rstrip("."): kind for name, kind in inner.items()}
-    return found
-
-
-def load_config(argv: Sequence[str], cls: type = Config, prog: str = "jaxgpt train") -> Config:
-    """The configuration of a command line: `--config FILE` and `--section.field VALUE` flags, which win over the file.
+def load_config(argv: Sequence[str], cls: type = Config) -> Config:
+    """The configuration that a command line means: `--config FILE` and `--section.field VALUE`. Flags win.
 
     Args:
         argv: the flags.
-        cls: Config, or a subclass whose own flags the command has besides.
-        prog: as `--help` names the command.
+        cls: Config, or a subclass with further flags of its own.
 
     Raises:
-        ConfigError: an unknown name, a value of the wrong type or out of range, a file that cannot be read.
+        ConfigError: a name is unknown, a value has the wrong type or is out of range, or a file cannot be read.
         CheckpointError: `run.init_from` names no run directory.
-        SystemExit: after `--help`.
     """
     flags = split_flags(argv, cls)
     path = flags.pop("config", None)
@@ -103,7 +104,7 @@ def load_config(argv: Sequence[str], cls: type = Config, prog: str = "jaxgpt tra
     values = {**from_file, **flags}
     if start := values.get("run.init_from"):
         values = {**inherited(start, values), **values}
-    config = parse(cls, values, prog, f"{path} and command line" if path else "command line")
+    config = parse(cls, values, f"{path} and command line" if path else "command line")
     if not config.run.dir:
         name = pathlib.Path(path).stem if path else "default"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
@@ -131,39 +132,6 @@ def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
     return model | {"data.tokenizer": str(file.with_name("tokenizer.json"))}
 
 
-def parse_flags(cls: type, argv: Sequence[str], prog: str) -> Any:
-    """A dataclass from a command line.
-
-    Raises:
-        ConfigError: an unknown flag, or a value that does not fit.
-    """
-    return parse(cls, split_flags(argv, cls), prog, "command line")
-
-
-def split_flags(argv: Sequence[str], cls: type) -> dict[str, str]:
-    """`--name value` and `--name=value` -> {name: value}; the last one wins, and a bare switch of `cls` is true.
-
-    Raises:
-        ConfigError: something else stands on the command line.
-    """
-    known, flags, rest = fields(cls), {}, list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"unexpected argument (command line, {word!r}): write flags as --name VALUE")
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        if name != "config":
-            _check_name(name, known, "command line")
-        if not equals:
-            bare = not rest or (rest[0].startswith("--") and known.get(name) is bool)
-            if bare and known.get(name) is not bool:
-                raise ConfigError(f"no value (command line, --{name}): write --{name} VALUE")
-            value = "True" if bare else rest.pop(0)
-        flags[name] = value
-    return flags
-
-
 def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[str, str]:
     """The values of a YAML file by flag name, above those of the file that its `base:` names."""
     try:
@@ -185,50 +153,11 @@ def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[s
     for section, entries in content.items():
         for name, value in entries.items() if isinstance(entries, dict) else [(None, entries)]:
             flag = section if name is None else f"{section}.{name}"
-            _check_name(flag, fields(Config), str(path))
+            check_name(flag, fields(Config), str(path))
             if not isinstance(value, str):
                 raise ConfigError(f"not a single value ({path}, {flag}): write `{flag.split('.')[-1]}: value`")
             values[flag] = value
     return values
-
-
-def _check_name(name: str, known: Iterable[str], where: str) -> None:
-    if name in known:
-        return
-    short = {flag.split(".")[-1]: flag for flag in known}
-    near = difflib.get_close_matches(name, known, 1) or difflib.get_close_matches(name.split(".")[-1], short, 1)
-    remedy = f"perhaps you meant --{short.get(near[0], near[0])}" if near else "--help lists all"
-    raise ConfigError(f"unknown option ({where}, {'--' if where == 'command line' else ''}{name}): {remedy}")
-
-
-def parse(cls: type, values: dict[str, str], prog: str, where: str) -> Any:
-    """A dataclass from the texts of its flags, with tyro's type checks.
-
-    Raises:
-        ConfigError: a value has the wrong type or is out of range; the message is one line.
-    """
-    spelled = {"true": "True", "false": "False", "null": "None", "": "None"}  # YAML's words in tyro's spelling
-    kinds = fields(cls)
-    args = []
-    for name, value in values.items():
-        args += [f"--{name}", value if kinds[name] is str else spelled.get(value.lower(), value)]
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return run_tyro(cls, args, prog)
-    except SystemExit:
-        # tyro draws a box: title, line, message, line, general help
-        pieces = re.split("[─-]{8,}", complaint.getvalue())
-        message = " ".join(re.sub("[│╭╮╰╯]", " ", pieces[min(1, len(pieces) - 1)]).split()).rstrip(".")
-        # what our own checks raise arrives as `Error parsing SECTION: WHAT: REMEDY`
-        if ours := re.fullmatch(r"Error parsing (\w+): (.*?): (.*)", message):
-            raise ConfigError(f"{ours[2]} ({where}, {ours[1]}): {ours[3]}") from None
-        raise ConfigError(f"{message.removeprefix('Error parsing ')} ({where}): see `{prog} --help`") from None
-
-
-def run_tyro(cls: type, args: Sequence[str], prog: str) -> Any:
-    """tyro with our flag style: underscores, and `--flag True` for switches."""
-    return tyro.cli(cls, args=args, prog=prog, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
 
 
 def dump(config: Config) -> str:

@@ -4,6 +4,7 @@ A batch is a pure function of (key, split, step): resuming needs no iterator, an
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import chex
@@ -11,9 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.errors import ArgumentError, JaxgptError
 
-class DataError(ValueError):
-    """A text that cannot be cut into windows."""
+
+class DataError(JaxgptError, ValueError):
+    """A text or a folder of tokens cannot be used."""
+
+    exit_code = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +38,9 @@ class DataConfig:
 
     def __post_init__(self):
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}: use 1 or more")
+            raise ArgumentError(f"batch_size is {self.batch_size}: use 1 or more")
         if not 0.0 < self.train_fraction < 1.0:
-            raise ValueError(f"train_fraction is {self.train_fraction}: use a number between 0 and 1")
+            raise ArgumentError(f"train_fraction is {self.train_fraction}: use a number between 0 and 1")
 
 
 class Splits(NamedTuple):
@@ -63,38 +68,26 @@ def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: i
     return Splits(*(jax.device_put(part.astype(dtype)) for part in parts.values()))
 
 
-def batch(key: jax.Array, tokens: jax.Array, step, batch_size: int, block_size: int) -> tuple[jax.Array, jax.Array]:
-    """The batch of a step: windows at random places, all equally likely, drawn with replacement as in the lecture.
+@partial(jax.jit, static_argnames=("batch_size", "block_size"))
+def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int, block_size: int) -> jax.Array:
+    """The batches of some steps: windows at random places, each equally likely, with replacement as in the lecture.
 
     Args:
         key: the typed PRNG key of the split.
         tokens: (N,) unsigned integers, N > block_size.
-        step: () integer; equal steps give equal batches.
-        batch_size: B, windows.
-        block_size: T, tokens a window.
+        steps: (n,) integers; equal steps give equal batches.
+        batch_size: B, windows per step.
+        block_size: T, tokens that the model sees of a window; its last target is one further.
 
     Returns:
-        inputs and targets, each (B, T) int32; the targets are the inputs one token later.
+        (n, B, T + 1) of the dtype of the tokens.
     """
-    return inputs_and_targets(_cut(tokens, _starts(key, step, batch_size, len(tokens) - block_size), block_size))
+    chex.assert_rank([tokens, steps], 1)
 
+    def starts(step):
+        return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, len(tokens) - block_size)
 
-def batches(key: jax.Array, tokens: jax.Array, n: int, batch_size: int, block_size: int) -> jax.Array:
-    """The windows of `batch` for steps 0 to n - 1 as (n, B, T + 1), of the dtype of the tokens."""
-    starts = _all_starts(key, jnp.arange(n), batch_size, len(tokens) - block_size)  # compiled once for both splits
-    return jax.jit(_cut, static_argnums=2)(tokens, starts, block_size)
-
-
-def _starts(key, step, batch_size, room):
-    return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, room)
-
-
-_all_starts = jax.jit(jax.vmap(_starts, in_axes=(None, 0, None, None)), static_argnums=2)
-
-
-def _cut(tokens, starts, block_size):
-    chex.assert_rank(tokens, 1)
-    return tokens[starts[..., None] + jnp.arange(block_size + 1)]
+    return tokens[jax.vmap(starts)(steps)[..., None] + jnp.arange(block_size + 1)]
 
 
 def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:

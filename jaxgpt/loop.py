@@ -1,68 +1,116 @@
-"""The loop of a run: steps in compiled calls, and what is done between them."""
+"""The training loop: steps in compiled calls, with evaluations, samples, checkpoints and signals between them."""
 
 import contextlib
 import dataclasses
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from jaxgpt import patience, sampling
+from jaxgpt import sampling
 from jaxgpt.config import Config
 from jaxgpt.devices import chips, processes
 from jaxgpt.devices.stopping import Stopped
-from jaxgpt.patience import Patience
+from jaxgpt.errors import JaxgptError
 from jaxgpt.runs import metrics
-from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.directory import publish
-from jaxgpt.step import SAMPLE, Recipe, TrainState, all_finite, cast, estimate_loss, stream_key, train_steps
+from jaxgpt.runs.directory import RunDirectory
+from jaxgpt.step import (
+    ESTIMATE,
+    SAMPLE,
+    VAL,
+    StepSpec,
+    TrainState,
+    all_finite,
+    cast,
+    estimate_loss,
+    stream_key,
+    train_steps,
+)
 from jaxgpt.text.source import Source
 
 
-class NonFiniteError(ArithmeticError):
-    """The loss or the gradient is no longer a number."""
+class NonFiniteError(JaxgptError, ArithmeticError):
+    """The loss or the gradient is not finite."""
+
+    exit_code = 5
+
+
+class Patience(NamedTuple):
+    """What early stopping needs to know of the evaluations so far. Checkpoints keep it, so that resuming is exact."""
+
+    best_loss: float | None = None
+    """The lowest validation loss; None before the first evaluation."""
+    best_step: int = 0
+    """The step of the lowest validation loss."""
+    waited: int = 0
+    """Evaluations since then."""
+
+    def after(self, step: int, val_loss: float) -> "Patience":
+        """The same after one more evaluation."""
+        if val_loss < (math.inf if self.best_loss is None else self.best_loss):
+            return Patience(val_loss, step)
+        return self._replace(waited=self.waited + 1)
+
+    def is_spent(self, patience: int) -> bool:
+        """Whether `patience` evaluations in a row brought no improvement; never if it is 0."""
+        return 0 < patience <= self.waited
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """The fixed parts of a run, and what is done at the boundaries of its loop."""
+class TrainingLoop:
+    """What the loop works with, and what it does between the compiled calls."""
 
     config: Config
-    recipe: Recipe
+    """Resolved."""
+    spec: StepSpec
     source: Source
-    folder: pathlib.Path
-    checkpoints: Checkpoints
+    run_dir: RunDirectory
     emit: metrics.Sink
-    facts: dict[str, Any]
-    key: jax.Array
+    mesh: dict[str, int]
+    """The size of each mesh axis."""
     flops_per_token: int
     peak: chips.Peak
     started: float
+    """When the run began, by time.perf_counter()."""
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     """The last step that was recorded, and its loss."""
 
-    def compile(self, state: TrainState, tokens: jax.Array, n: int):
-        """`train_steps` for `n` steps, compiled ahead of the first call so that the time can be told apart."""
+    @cached_property
+    def key(self) -> jax.Array:
+        """The run's key."""
+        return jax.random.key(self.config.seed)
+
+    @property
+    def rows(self) -> int:
+        """Windows per step."""
+        return self.config.optim.grad_accumulation * self.config.data.batch_size
+
+    def compile(self, shapes: TrainState, windows: jax.Array) -> jax.stages.Compiled:
+        """`train_steps`, compiled before its first call so that the compile time is reported separately."""
         began = time.perf_counter()
-        compiled = train_steps.lower(state, tokens, self.key, recipe=self.recipe, n=n).compile()
+        compiled = train_steps.lower(shapes, windows, self.key, spec=self.spec).compile()
         self.emit({"kind": "compile", "seconds": time.perf_counter() - began})
         return compiled
 
     def log(self, first: int, chunk: dict[str, jax.Array], began: float) -> float:
-        """Wait for a chunk of steps that starts at step `first`, record it, and return the time at which it ended.
+        """Wait for the metrics of a call, record them, and return the time at which they came.
+
+        Args:
+            first: the step before the first one of the call.
+            chunk: what `train_steps` returned.
+            began: when the devices began to work on the call.
 
         Raises:
-            NonFiniteError: a loss or gradient norm in it is not finite.
+            NonFiniteError: a loss or a gradient norm is not finite.
         """
         chunk = jax.device_get(chunk)
         now, config = time.perf_counter(), self.config
         n = len(chunk["loss"])
-        tokens = n * self.recipe.rows * config.model.block_size
-        speed, peak = tokens / (now - began), self.peak.flops
+        speed, peak = n * self.rows * config.model.block_size / (now - began), self.peak.flops
         mfu = peak and speed * self.flops_per_token / peak
         pace = {"tokens_per_second": speed, "mfu": mfu, "elapsed_s": now - self.started}
         for i in range(n):
@@ -84,37 +132,93 @@ class Job:
             f"`jaxgpt replay --run {self.config.run.dir} --step {step}` finds where it began"
         )
 
-    def look(self, state: TrainState, step: int) -> float:
+    def estimate_and_sample(self, state: TrainState, step: int) -> float:
         """Estimate both losses, add a sample to samples.txt, and return the validation loss."""
         seed, n, B = self.config.seed, self.config.train.eval_batches, self.config.data.batch_size
-        windows = (self.source.sample(split, seed, n, B) for split in ("train", "val"))
-        train, val = (float(estimate_loss(state.params, batches, recipe=self.recipe)) for batches in windows)
+        windows = (self.source.windows(stream, seed, 0, n, B) for stream in (ESTIMATE, VAL))
+        train, val = (float(estimate_loss(state.params, batches, spec=self.spec)) for batches in windows)
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
         if step:
             text = self.sample(state, step)
             if processes.is_first():
-                with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
+                with open(self.run_dir.folder / "samples.txt", "a", encoding="utf-8") as file:
                     file.write(f"--- step {step}, validation loss {val:.4f}\n{text}\n\n")
         return val
 
     def sample(self, state: TrainState, step: int, length: int = 300) -> str:
-        """New text."""
+        """A new text of `length` tokens."""
         tokenizer, key = self.source.tokenizer, jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
-        out = sampling.generate(cast(state.params, self.recipe), tokenizer.start[None], key, length)
+        out = sampling.generate(cast(state.params, self.spec), tokenizer.start[None], key, length)
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
-    def save(self, state: TrainState, step: int, val_loss: float | None, watch: Patience) -> None:
-        """Checkpoint; the small files go with it.
+    def save(self, state: TrainState, step: int, val_loss: float | None, patience: Patience) -> None:
+        """Write a checkpoint.
 
         Raises:
-            NonFiniteError: an update, itself of finite gradients, left something that is not finite.
+            NonFiniteError: finite gradients gave an update that left something that is not finite.
         """
         if not all_finite((state.params, state.opt_state)):
             raise self.not_finite(f"parameters after step {step}", step + 1)
-        if processes.is_first():
-            publish(self.config.run.dir, self.folder)
-        self.checkpoints.save(step, vars(state), {"val_loss": val_loss, "patience": watch._asdict(), **self.facts})
+        self.run_dir.save(step, vars(state), val_loss=val_loss, patience=patience._asdict(), mesh=self.mesh)
+
+    def run(self, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
+        """Train to the last step, or until patience is spent, or until a signal comes; then everything is saved.
+
+        Args:
+            state: to start from; its memory is taken over.
+            stop_request: the number of the signal that came, None while there was none.
+
+        Raises:
+            Stopped: there was a signal.
+            NonFiniteError: the loss, the gradient or the parameters were not finite.
+        """
+        config, every = self.config.train, self.config.run.checkpoint_interval
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        step, ended, waiting, compiled = int(state.step), 0.0, [], {}
+        patience = Patience(**self.run_dir.manifest.get("patience", {}))
+        if patience.is_spent(config.patience):
+            return state
+        if step == 0:
+            loss = self.estimate_and_sample(state, step)
+            patience = patience.after(step, loss)
+            if config.patience:  # later steps may be no better than the first weights
+                self.save(state, step, loss, patience)
+        cut = traced(calls(self.config, step), config.profile)
+        feed = self.source.feed(calls(self.config, step), self.config.seed, self.rows)
+        with contextlib.closing(feed):
+            for (first, n), windows in zip(cut, feed):
+                if n not in compiled:
+                    compiled[n] = self.compile(shapes, windows)
+                ended = ended if waiting else time.perf_counter()
+                state, chunk = compiled[n](state, windows, self.key)
+                waiting.append((first, chunk))
+                step = first + n
+                if len(waiting) > 1:  # the metrics of a call are read after the next one has been dispatched
+                    ended = self.log(*waiting.pop(0), ended)
+                asked = stop_request()
+                if step != boundary(self.config, first) and asked is None:
+                    continue
+                while waiting:
+                    ended = self.log(*waiting.pop(0), ended)
+                self.peak.measure()
+                val_loss, best = None, False
+                if step % config.eval_interval == 0 or step == config.steps:
+                    val_loss = self.estimate_and_sample(state, step)
+                    asked = stop_request() if asked is None else asked
+                if step % config.eval_interval == 0:  # at an odd last step, a run with more steps would not evaluate
+                    patience = patience.after(step, val_loss)
+                    best = config.patience and patience.best_step == step
+                done = step == config.steps or patience.is_spent(config.patience)
+                if step % every == 0 or done or best or asked is not None:
+                    self.save(state, step, val_loss, patience)
+                if done:
+                    break
+                if asked is not None:
+                    raise Stopped(asked, step)
+        if patience.is_spent(config.patience):
+            self.emit({"kind": "early_stop", "step": step, **patience._asdict()})
+        return state
 
 
 def boundary(config: Config, step: int) -> int:
@@ -145,57 +249,3 @@ def traced(calls: Iterator[tuple[int, int]], folder: str | None) -> Iterator[tup
             if i == 4:
                 tracing.close()
             yield call
-
-
-def run_steps(job: Job, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
-    """Train to the last step, until patience is spent, or to the next call after a signal; all that was done is saved.
-
-    Raises:
-        Stopped: there was a signal.
-    """
-    config, every = job.config.train, job.config.run.checkpoint_interval
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    step, ended, waiting, compiled = int(state.step), 0.0, [], {}
-    watch = patience.from_manifest(job.checkpoints.manifest(step)) if step else Patience()
-    if watch.spent(config.patience):
-        return state
-    if step == 0:
-        loss = job.look(state, step)
-        watch = watch.after(step, loss)
-        if config.patience:  # what comes may be no better than what it starts from
-            job.save(state, step, loss, watch)
-    cut = traced(calls(job.config, step), config.profile)
-    with contextlib.closing(job.source.feed(calls(job.config, step), job.config.seed, job.recipe.rows)) as feed:
-        for (first, n), tokens in zip(cut, feed):
-            if n not in compiled:
-                compiled[n] = job.compile(like, tokens, n)
-            ended = ended if waiting else time.perf_counter()
-            state, chunk = compiled[n](state, tokens, job.key)
-            waiting.append((first, chunk))
-            step = first + n
-            if len(waiting) > 1:  # a call's metrics are read after the next one has been dispatched
-                ended = job.log(*waiting.pop(0), ended)
-            asked = stop_request()
-            at_boundary = step == boundary(job.config, first)
-            if not at_boundary and asked is None:
-                continue
-            while waiting:
-                ended = job.log(*waiting.pop(0), ended)
-            job.peak.measure()
-            val_loss, best = None, False
-            if step % config.eval_interval == 0 or step == config.steps:
-                val_loss = job.look(state, step)
-                asked = stop_request() if asked is None else asked
-            if step % config.eval_interval == 0:  # not at an odd last step: a run with more steps would not look there
-                watch = watch.after(step, val_loss)
-                best = config.patience and watch.best_step == step
-            done = step == config.steps or watch.spent(config.patience)
-            if step % every == 0 or done or best or asked is not None:
-                job.save(state, step, val_loss, watch)
-            if done:
-                break
-            if asked is not None:
-                raise Stopped(asked, step)
-    if watch.spent(config.patience):
-        job.emit({"kind": "early_stop", "step": step, **watch._asdict()})
-    return state

@@ -20,6 +20,7 @@ from jaxgpt.devices.dropout import Dropout
 from jaxgpt.devices.matmul import dot_general
 from jaxgpt.devices.remat import Remat, call_block
 from jaxgpt.devices.sharding import pin_batch
+from jaxgpt.errors import ArgumentError
 
 INIT_STDDEV = 0.02  # GPT-2's, which the lecture takes over at its end
 LAYER_NORM_EPSILON = 1e-5  # PyTorch's and GPT-2's; Flax's own default is 1e-6
@@ -79,20 +80,25 @@ class GPTConfig:
     def __post_init__(self):
         for name, least in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {least} or more")
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use {least} or more")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout is {self.dropout}: use a probability from 0 up to but not including 1")
+            raise ArgumentError(f"dropout is {self.dropout}: use a probability from 0 up to but not including 1")
         if self.n_layer and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
+            raise ArgumentError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
         if self.mlp_ratio < 0 or (self.mlp_ratio > 1 and not self.projection):
-            raise ValueError(f"mlp_ratio is {self.mlp_ratio}: use 0 or more, and at most 1 without projection")
+            raise ArgumentError(f"mlp_ratio is {self.mlp_ratio}: use 0 or more, and at most 1 without projection")
         if self.lm_head == "none" and self.vocab_size and self.width != self.vocab_size:
-            raise ValueError(f"lm_head none takes the stream as logits, but n_embd is {self.n_embd}: use n_embd 0")
+            raise ArgumentError(f"lm_head none takes the stream as logits, but n_embd is {self.n_embd}: use n_embd 0")
 
     @property
     def width(self) -> int:
         """Channels C of the residual stream."""
         return self.n_embd or self.vocab_size
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of all blocks, roughly: their matrices, with a feed-forward layer of four times the width."""
+        return 12 * self.n_layer * self.width**2
 
 
 class Cache(NamedTuple):
@@ -234,7 +240,7 @@ class GPT(nnx.Module):
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         if not config.vocab_size:
-            raise ValueError("vocab_size is 0: give GPTConfig the tokenizer's vocab_size")
+            raise ArgumentError("vocab_size is 0: give GPTConfig the tokenizer's vocab_size")
         self.config = config
         V, C = config.vocab_size, config.width
         learned = config.positions == "learned"
@@ -270,7 +276,7 @@ class GPT(nnx.Module):
         chex.assert_type(tokens, int)
         T = tokens.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
+            raise ArgumentError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
         start = jnp.int32(0) if cache is None else cache.length
         x = pin_batch(self.dropout(self.embed(tokens, start), rngs))
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)

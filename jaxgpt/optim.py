@@ -6,6 +6,8 @@ import functools
 import jax
 import optax
 
+from jaxgpt.errors import ArgumentError
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -34,12 +36,12 @@ class OptimConfig:
         least = {"min_learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0}
         for name, bound in {**least, "grad_accumulation": 1}.items():
             if not getattr(self, name) >= bound:
-                raise ValueError(f"{name} is {getattr(self, name)}: use {bound} or more")
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use {bound} or more")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}: use a number above 0")
+            raise ArgumentError(f"learning_rate is {self.learning_rate}: use a number above 0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a number from 0 up to but not including 1")
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use a number from 0 up to but not including 1")
 
 
 @functools.cache  # the same one for the same config: a second train() of a process finds its step compiled

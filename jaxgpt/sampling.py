@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
 
 NOISE = 1 << 26  # random numbers drawn at a time
@@ -31,11 +32,13 @@ def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         ValueError: a number is out of its range.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}: use a finite number, 0 (always the likeliest token) or above")
+        raise ArgumentError(
+            f"temperature is {temperature}: use a finite number, 0 (always the likeliest token) or above"
+        )
     if top_k is not None and operator.index(top_k) < 1:
-        raise ValueError(f"top_k is {top_k}: use 1 or more tokens")
+        raise ArgumentError(f"top_k is {top_k}: use 1 or more tokens")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}: use a probability above 0 and up to 1")
+        raise ArgumentError(f"top_p is {top_p}: use a probability above 0 and up to 1")
     return Rule(
         np.float32(min(temperature, float(np.finfo(np.float32).max))),
         None if top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
@@ -167,11 +170,13 @@ def stream(
     chex.assert_rank(prompt, 2)
     chex.assert_type(prompt, int)
     if prompt.shape[1] == 0:
-        raise ValueError("the prompt is empty: give at least one token, a line break for instance")
+        raise ArgumentError("the prompt is empty: give at least one token, a line break for instance")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
+        raise ArgumentError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
     if not isinstance(prompt, jax.core.Tracer) and not (0 <= prompt.min() and prompt.max() < config.vocab_size):
-        raise ValueError(f"a token of the prompt is not in the vocabulary: use ids from 0 to {config.vocab_size - 1}")
+        raise ArgumentError(
+            f"a token of the prompt is not in the vocabulary: use ids from 0 to {config.vocab_size - 1}"
+        )
 
     window, token = (jnp.asarray(part, jnp.int32) for part in (prompt[:, -config.block_size :], prompt[:, -1]))
     rows, cached = len(window), window.shape[1] - 1  # all but the last token, which decoding begins with

@@ -30,23 +30,16 @@ class TrainState:
     opt_state: optax.OptState
 
 
-class Recipe(NamedTuple):
-    """What the compiled functions are specialised for."""
+class StepSpec(NamedTuple):
+    """What the compiled functions are specialised for: all that is static in them."""
 
     graphdef: nnx.GraphDef
     tx: optax.GradientTransformation
     schedule: optax.Schedule
-    batch_size: int
-    block_size: int
     grad_accumulation: int
     dtype: jnp.dtype
     loss_chunks: int = 1
-    apart: bool = False  # devices compute gradients apart: sharding.mean_over_devices
-
-    @property
-    def rows(self) -> int:
-        """Windows that a step sees."""
-        return self.grad_accumulation * self.batch_size
+    per_device_gradients: bool = False  # each device differentiates its own part: sharding.mean_over_devices
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:
@@ -64,16 +57,16 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> Trai
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
-def build(recipe: Recipe, params: dict[str, Any]) -> GPT:
+def build(spec: StepSpec, params: dict[str, Any]) -> GPT:
     """The model with these parameters, in the type to compute in."""
-    params = jax.tree.map(lambda p: p.astype(recipe.dtype), params)
-    return nnx.merge(recipe.graphdef, sharding.for_compute(params))
+    params = jax.tree.map(lambda p: p.astype(spec.dtype), params)
+    return nnx.merge(spec.graphdef, sharding.for_compute(params))
 
 
-@partial(jax.jit, static_argnames="recipe")
-def cast(params: dict[str, Any], recipe: Recipe) -> GPT:
+@partial(jax.jit, static_argnames="spec")
+def cast(params: dict[str, Any], spec: StepSpec) -> GPT:
     """`build` in a call of its own, for what is done with the model outside of a step."""
-    return build(recipe, params)
+    return build(spec, params)
 
 
 def token_losses(
@@ -105,62 +98,62 @@ def token_losses(
     return jnp.concatenate(list(found), axis=1)
 
 
-def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):
+def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec):
     """The mean loss over a batch, () float32, and its gradient: in grad_accumulation parts, one after the other.
 
     Args:
         params: float32.
         batch: inputs and targets, each (grad_accumulation * B, T) integers.
         key: for dropout.
-        recipe: static.
+        spec: static.
     """
-    parts = recipe.grad_accumulation
+    parts = spec.grad_accumulation
 
     def loss_of(params, part, inputs, targets):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, part))
-        return token_losses(build(recipe, params), inputs, targets, rngs, recipe.loss_chunks).mean()
+        return token_losses(build(spec, params), inputs, targets, rngs, spec.loss_chunks).mean()
 
     def add_part(total, part):
         mine = jax.value_and_grad(loss_of)(params, *part)
         return jax.tree.map(jnp.add, total, mine), None
 
-    cut = [jnp.arange(parts), *(a.reshape(parts, -1, recipe.block_size) for a in batch)]
+    cut = [jnp.arange(parts), *(a.reshape(parts, -1, a.shape[-1]) for a in batch)]
     if parts == 1:
         return jax.value_and_grad(loss_of)(params, *(a[0] for a in cut))
     zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
     return jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, cut)[0])
 
 
-def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe):
+def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec):
     """One optimizer step; where loss or gradient is not finite, parameters and moments stay as they are.
 
     Args:
         state: before the step.
         batch: inputs and targets, each (grad_accumulation * B, T) integers.
         key: the run's key; dropout is a function of it and of state.step.
-        recipe: static.
+        spec: static.
 
     Returns:
         The state after the step; `loss` before the update, `learning_rate` and `grad_norm` before clipping, () float32.
     """
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
-    differentiate = partial(loss_and_gradient, recipe=recipe)
-    if recipe.apart:
+    differentiate = partial(loss_and_gradient, spec=spec)
+    if spec.per_device_gradients:
         differentiate = sharding.mean_over_devices(differentiate)
     loss, grads = differentiate(state.params, batch, dropout_key)
     norm = optax.tree.norm(grads)
 
     def update(params, opt_state):
-        updates, opt_state = recipe.tx.update(grads, opt_state, params)
+        updates, opt_state = spec.tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     finite, old = jnp.isfinite(loss + norm), (state.params, state.opt_state)
-    if recipe.apart:  # on a CPU, where this halves the time to compile; a GPU would have to ask its host
+    if spec.per_device_gradients:  # on a CPU, where this halves the time to compile; a GPU would have to ask its host
         new = jax.lax.cond(finite, update, lambda *old: old, *old)
     else:
         new = jax.tree.map(partial(jnp.where, finite), update(*old), old)
     params, opt_state = sharding.pin(new)
-    measured = {"loss": loss, "learning_rate": recipe.schedule(state.step), "grad_norm": norm}
+    measured = {"loss": loss, "learning_rate": spec.schedule(state.step), "grad_norm": norm}
     return TrainState(state.step + 1, params, opt_state), measured
 
 
@@ -171,49 +164,39 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
-@partial(jax.jit, static_argnames=("recipe", "n"), donate_argnames="state")
-def train_steps(state: TrainState, tokens: jax.Array, key: jax.Array, *, recipe: Recipe, n: int):
-    """`n` steps in one call.
+@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+def train_steps(state: TrainState, windows: jax.Array, key: jax.Array, *, spec: StepSpec):
+    """Some steps in one call.
 
     Args:
         state: before the steps; its memory is taken over.
-        tokens: (N,) unsigned integers, the training split, from which step s takes batch s; or the batches themselves,
-            (n, grad_accumulation * B, T + 1).
+        windows: (n, grad_accumulation * B, T + 1) unsigned integers, the batch of each step.
         key: the run's key.
-        recipe: static.
-        n: static.
+        spec: static.
 
     Returns:
         The state after the steps, and each metric of `train_step` as (n,) float32.
     """
 
     def one(state, windows):
-        batch = batch_of(state.step, tokens if windows is None else windows, key, recipe)
-        return train_step(state, batch, key, recipe)
+        return train_step(state, data.inputs_and_targets(windows), key, spec)
 
-    return jax.lax.scan(one, state, tokens if tokens.ndim == 3 else None, length=n)
-
-
-def batch_of(step: jax.Array, tokens: jax.Array, key: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array]:
-    """Inputs and targets of a step: from the training split (N,), or what these windows (rows, T + 1) are."""
-    if tokens.ndim == 2:
-        return data.inputs_and_targets(tokens)
-    return data.batch(jax.random.fold_in(key, TRAIN), tokens, step, recipe.rows, recipe.block_size)
+    return jax.lax.scan(one, state, windows)
 
 
-@partial(jax.jit, static_argnames="recipe")
-def estimate_loss(params: dict[str, Any], windows: jax.Array, *, recipe: Recipe) -> jax.Array:
+@partial(jax.jit, static_argnames="spec")
+def estimate_loss(params: dict[str, Any], windows: jax.Array, *, spec: StepSpec) -> jax.Array:
     """Mean loss () float32 over some batches, the same ones each time: quick, for watching.
 
     Args:
         params: float32.
         windows: (n, B, T + 1) integers.
-        recipe: static.
+        spec: static.
     """
-    model = build(recipe, params)
+    model = build(spec, params)
 
     def loss(windows):
-        return token_losses(model, *data.inputs_and_targets(windows), chunks=recipe.loss_chunks).mean()
+        return token_losses(model, *data.inputs_and_targets(windows), chunks=spec.loss_chunks).mean()
 
     return jax.lax.map(loss, windows).mean()
 

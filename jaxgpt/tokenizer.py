@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from jaxgpt.errors import ArgumentError, JaxgptError
 from jaxgpt.files import download
 
 END_OF_TEXT = "<|endoftext|>"
@@ -29,11 +30,11 @@ SAFE_CUT = re.compile(
 CHUNK_BYTES, CHUNKS = 1 << 16, 32  # what the library gets in one call: it needs some hundred bytes of memory a token
 
 
-class TokenizerError(ValueError):
+class TokenizerError(JaxgptError, ValueError):
     """A tokenizer that is not there, or that cannot be used; one line, `what (where, value): remedy`."""
 
 
-class UnknownCharacterError(ValueError):
+class UnknownCharacterError(JaxgptError, ValueError):
     """A character that the tokenizer has no id for."""
 
 
@@ -50,7 +51,7 @@ class CharTokenizer:
             ValueError: the alphabet is empty or names a character twice.
         """
         if not alphabet or len(set(alphabet)) != len(alphabet):
-            raise ValueError(f"an alphabet of {len(alphabet)} characters, {len(set(alphabet))} distinct: each once")
+            raise ArgumentError(f"an alphabet of {len(alphabet)} characters, {len(set(alphabet))} distinct: each once")
         self.alphabet = alphabet
         self._ids = {character: i for i, character in enumerate(alphabet)}
 
@@ -293,5 +294,5 @@ def _chunks(text: bytes) -> list[str]:
 def _checked(ids: Iterable[int], vocab_size: int) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-        raise ValueError(f"ids from {ids.min()} to {ids.max()}: use ids from 0 to {vocab_size - 1}")
+        raise ArgumentError(f"ids from {ids.min()} to {ids.max()}: use ids from 0 to {vocab_size - 1}")
     return ids

@@ -1,128 +1,189 @@
 """`train(config)`: from a configuration to a trained run directory. The loop is in loop.py, the step in step.py."""
 
 import contextlib
+import dataclasses
 import math
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import flax
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from jaxgpt.config import Config
-from jaxgpt.devices import chips, cores, processes, sharding
+from jaxgpt.config import Config, ConfigError
+from jaxgpt.devices import attention, chips, cores, processes, sharding
 from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.files import lock, storage
-from jaxgpt.init import abstract_state, first_state
-from jaxgpt.loop import Job, run_steps
-from jaxgpt.recipe import abstract_model, make_recipe, resolve
+from jaxgpt.init import abstract, abstract_state, first_state
+from jaxgpt.loop import TrainingLoop
+from jaxgpt.model import GPT
+from jaxgpt.optim import optimizer, schedule
 from jaxgpt.runs import init_from, metrics, report
-from jaxgpt.runs.directory import Run, begin, facts_of, find_step, publish
-from jaxgpt.step import Recipe, TrainState, cast, evaluate
+from jaxgpt.runs.directory import Run, RunDirectory, open_run
+from jaxgpt.step import StepSpec, TrainState, cast, evaluate
 from jaxgpt.text.source import Source, describe, open_source
 
 
 def train(config: Config) -> Run:
     """Train as the configuration says, or continue the run that is in its directory.
 
+    Args:
+        config: from `load_config`.
+
     Returns:
         The run at its last step.
 
     Raises:
-        ValueError: data, configuration or run directory do not fit; the subclasses say which.
-        NonFiniteError: the loss or the gradient was not finite; the last checkpoint is from before.
-        Stopped: a signal came; the run is saved and continues when train is called again.
+        JaxgptError: data, configuration, mesh or run directory do not fit; the subclasses say which.
+        NonFiniteError: the loss or the gradient was not finite; the last checkpoint is from before that.
+        Stopped: a signal came; the run is saved, and the same call continues it.
         BusyError: another process trains in the run directory.
         StorageError: the run directory has no room or cannot be written.
     """
     started = time.perf_counter()
+    with _claim(config) as mesh, contextlib.ExitStack() as stack:
+        source = open_source(config.data)
+        config = resolve(config, source.tokenizer.vocab_size)
+        spec, shapes = specify(config, mesh)
+        run = open_run(config, source.tokenizer, source.sha256)
+        source.split(mesh, config.model.block_size)
+        weights = init_from.check(config, source.tokenizer) if run.step is None else None
+        run.begin(shapes)
+        if run.step is not None:
+            state = run.restore(shapes)
+        elif weights is not None:
+            state = init_from.initial_state(config, weights, spec.tx, shapes)
+        else:
+            state = first_state(config.model, spec.tx, config.seed, shapes)
+
+        stack.callback(run.close)
+        emit = stack.enter_context(_sinks(run))
+        start = start_record(config, mesh, source, state)
+        emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"])})
+        peak = chips.Peak(list(mesh.devices.flat))
+        loop = TrainingLoop(config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started)
+        with stop_requests() as stop_request:
+            state = loop.run(state, stop_request)
+        loss = evaluate(cast(state.params, spec), source.pieces("val"), chunks=spec.loss_chunks)
+        run.checkpoints.wait()  # "done" is printed only once everything is safe
+        spent, last = time.perf_counter() - started, int(state.step)
+        emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
+              "elapsed_s": spent, "run_dir": config.run.dir, "sample": loop.sample(state, last)})  # fmt: skip
+    model = nnx.merge(spec.graphdef, state.params)
+    return Run(run.folder, config, source.tokenizer, model, last, source.sha256)
+
+
+@contextlib.contextmanager
+def _claim(config: Config) -> Iterator[Mesh]:
+    """The mesh of a run, whose directory belongs to this process (or to the first of several) meanwhile."""
     processes.join(config.distributed)
-    mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
+    mesh = sharding.make_mesh(mesh_config(config))
     with contextlib.ExitStack() as stack:
-        writer = lock.held(config.run.dir, "wait until it is done, or name another --run.dir")
+        writer = lock.hold_lock(config.run.dir, "wait until it is done, or name another --run.dir")
         processes.from_first(lambda: stack.enter_context(writer))
         stack.enter_context(storage.failures(config.run.dir))
         stack.enter_context(jax.set_mesh(mesh))
-        return _train(config, mesh, started)
+        yield mesh
 
 
-class Setup(NamedTuple):
-    """A run on a mesh before anything is allocated."""
-
-    config: Config
-    """Resolved."""
-    source: Source
-    recipe: Recipe
-    like: TrainState
-    """Shapes, dtypes and places of the state."""
-
-
-def set_up(config: Config, mesh: jax.sharding.Mesh) -> Setup:
-    """Find out what a configuration means.
-
-    Raises:
-        ValueError: data, configuration and mesh do not go together; the subclasses say which.
-    """
-    source = open_source(config.data)
-    config = resolve(config, source.tokenizer.vocab_size)
-    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
-    model = abstract_model(config, jax.default_backend())
-    recipe = make_recipe(config, model, mesh)
-    return Setup(config, source, recipe, abstract_state(model, recipe.tx, mesh))
-
-
-def _train(config: Config, mesh: jax.sharding.Mesh, started: float) -> Run:
-    config, source, recipe, like = set_up(config, mesh)
-    checkpoints, resumed = find_step(config, source.tokenizer, source.sha256)
-    source.split(mesh, config.model.block_size)
-    theirs = init_from.check(config, source.tokenizer)
-    left = config.train.steps - (resumed or 0)
-    processes.from_first(lambda: checkpoints.check_space(like, -(-left // config.run.checkpoint_interval)))
-    folder = begin(config, source.tokenizer, resumed)
-    if resumed is None and theirs is not None:
-        state = init_from.initial_state(config, theirs, recipe.tx, like)
-    elif resumed is None:
-        state = first_state(config.model, recipe.tx, config.seed, like)
-    else:
-        state = TrainState(**checkpoints.restore(resumed, vars(like)))
-
-    sinks = ()
+@contextlib.contextmanager
+def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
+    """A function that hands a record to metrics.jsonl and to the console; in the first process only."""
+    sinks = []
     with contextlib.ExitStack() as stack:
         if processes.is_first():
-            sinks = metrics.JsonLines(folder / "metrics.jsonl"), metrics.Console(config.train.steps)
-            stack.callback(publish, config.run.dir, folder)
-            stack.callback(report.draw_loss, folder, config.run.dir.rstrip("/").rpartition("/")[2])
-        stack.callback(checkpoints.close)
-        for sink in sinks:
-            stack.callback(sink.close)
+            title = run.config.run.dir.rstrip("/").rpartition("/")[2]
+            stack.callback(report.draw_loss, run.folder, title)
+            sinks = [metrics.JsonLines(run.folder / "metrics.jsonl"), metrics.Console(run.config.train.steps)]
+            for sink in sinks:
+                stack.callback(sink.close)
 
         def emit(record: metrics.Record) -> None:
             for sink in sinks:
                 sink(record)
 
-        key, facts = jax.random.key(config.seed), {"mesh": dict(mesh.shape)}
-        if processes.is_first():
-            facts |= facts_of(config, folder, source.sha256)
-        start, peak = start_record(config, mesh, source, state), chips.Peak(list(mesh.devices.flat))
-        job = Job(
-            config, recipe, source, folder, checkpoints, emit, facts, key, start["flops_per_token"], peak, started
+        yield emit
+
+
+def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Config:
+    """Fill in what other parts decide: the vocabulary, the end of the schedule, the compute dtype.
+
+    Args:
+        config: as configured.
+        vocab_size: the tokenizer's.
+        platform: the platform that will compute (cpu, gpu, tpu); None = this machine's.
+
+    Raises:
+        ConfigError: the configured vocab_size is not the tokenizer's.
+    """
+    if config.model.vocab_size not in (0, vocab_size):
+        raise ConfigError(
+            f"the tokenizer has {vocab_size} ids (--model.vocab_size, {config.model.vocab_size}): leave the flag out"
         )
-        was = dict(mesh.shape) if resumed is None else checkpoints.manifest(resumed)["mesh"]
-        emit({**start, "mesh_before": was})
-        with stop_requests() as stop_request:
-            state = run_steps(job, state, stop_request)
-        loss = evaluate(cast(state.params, recipe), source.pieces("val"), chunks=recipe.loss_chunks)
-        checkpoints.wait()  # "done" is said of what is safe
-        spent, last = time.perf_counter() - started, int(state.step)
-        emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
-              "elapsed_s": spent, "run_dir": config.run.dir, "sample": job.sample(state, last)})  # fmt: skip
-    model = nnx.merge(recipe.graphdef, state.params)
-    return Run(folder, config, source.tokenizer, model, last, source.sha256)
+    if config.model.block_size % config.train.loss_chunks:
+        raise ConfigError(
+            f"loss_chunks {config.train.loss_chunks} does not divide block_size {config.model.block_size} "
+            "(--train.loss_chunks): use a divisor"
+        )
+    dtype = config.train.dtype
+    if dtype == "auto":
+        dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=vocab_size),
+        optim=dataclasses.replace(config.optim, decay_steps=config.optim.decay_steps or config.train.steps),
+        train=dataclasses.replace(config.train, dtype=dtype),
+    )
 
 
-def start_record(config: Config, mesh: jax.sharding.Mesh, source: Source, state: TrainState) -> metrics.Record:
-    """What is known before the first step."""
+def mesh_config(config: Config) -> sharding.MeshConfig:
+    """The mesh of a run on this machine; on a CPU, its cores become devices."""
+    model = config.model
+    return cores.as_devices(config.mesh, model.block_parameters, config.data.batch_size, model.block_size)
+
+
+def abstract_model(config: Config, platform: str) -> GPT:
+    """The model of a resolved configuration without its weights, with the attention of a platform (cpu, gpu, tpu)."""
+    model, dtype = config.model, jnp.dtype(config.train.dtype)
+    kernel = attention.choose(model.attention, platform, dtype, model.block_size, model.width // model.n_head)
+    return abstract(dataclasses.replace(model, attention=kernel))
+
+
+def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[StepSpec, TrainState]:
+    """What a resolved configuration compiles to on a mesh, and the shapes, dtypes and shardings of its state.
+
+    Args:
+        config: resolved.
+        mesh: of devices, which need not be on this machine.
+        platform: the platform of these devices (cpu, gpu, tpu); None = this machine's.
+
+    Raises:
+        MeshError: the mesh does not divide the batch or the model.
+    """
+    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    model = abstract_model(config, platform or jax.default_backend())
+    spec = step_spec(config, model, mesh)
+    return spec, abstract_state(model, spec.tx, mesh)
+
+
+def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
+    """What a resolved configuration compiles to, for a model with or without weights."""
+    return StepSpec(
+        graphdef=nnx.graphdef(model),
+        tx=optimizer(config.optim),
+        schedule=schedule(config.optim),
+        grad_accumulation=config.optim.grad_accumulation,
+        dtype=jnp.dtype(config.train.dtype),
+        loss_chunks=config.train.loss_chunks,
+        per_device_gradients=mesh is not None and sharding.takes_mean_over_devices(mesh, config.model.dropout),
+    )
+
+
+def start_record(config: Config, mesh: Mesh, source: Source, state: TrainState) -> metrics.Record:
+    """The first record of metrics.jsonl: what is known before the first step."""
     model, batch = config.model, config.data.batch_size * config.optim.grad_accumulation
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     positions = model.block_size * model.width if model.positions == "learned" else 0

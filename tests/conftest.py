@@ -11,6 +11,8 @@ import pytest
 
 from jaxgpt.files import download
 
+if os.environ.get("JAXGPT_TEST_OPTIMIZED") != "1":  # XLA compiles in half the time; processes that tests start, too
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 if "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_compilation_cache_dir", str(download.cache_dir() / "xla"))

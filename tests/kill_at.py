@@ -8,7 +8,7 @@ import sys
 import orbax.checkpoint as ocp
 from etils import epath
 
-from jaxgpt import cli, loop, training
+from jaxgpt import cli, loop
 from jaxgpt.files import storage
 from jaxgpt.runs import checkpoint, directory, manifest
 
@@ -29,9 +29,9 @@ def remove_half(folder):
 
 # where the patched function is, its name, what runs instead of it or, if None, after it
 POINTS = {
-    "before the first small file": (directory, "begin", die),
+    "before the first small file": (directory.RunDirectory, "begin", die),
     "between config.yaml and its name": (storage, "replace", lambda file, path: str(path).endswith("yaml") and die()),
-    "in a step": (loop.Job, "log", die),
+    "in a step": (loop.TrainingLoop, "log", die),
     "before a save": (checkpoint.Checkpoints, "save", die),
     "while arrays are written": (ocp.AsyncCheckpointer, "save", None),
     "before the manifest": (manifest, "write", die),
@@ -63,8 +63,6 @@ def arm(point: str, count: int) -> None:
         return result
 
     setattr(owner, name, patched)
-    if name == "begin":  # training has it by name
-        training.begin = patched
 
 
 if __name__ == "__main__":

@@ -9,8 +9,13 @@ from jaxgpt import data
 TOKENS = jnp.arange(100, dtype=jnp.uint8)
 
 
+def batch(seed, step, batch_size=4, tokens=TOKENS):
+    (windows,) = data.windows(jax.random.key(seed), tokens, jnp.array([step]), batch_size, 8)
+    return data.inputs_and_targets(windows)
+
+
 def test_targets_are_the_inputs_one_token_later():
-    inputs, targets = data.batch(jax.random.key(0), TOKENS, 3, batch_size=5, block_size=8)
+    inputs, targets = batch(0, 3, batch_size=5)
     chex.assert_shape([inputs, targets], (5, 8))
     chex.assert_type([inputs, targets], jnp.int32)
     np.testing.assert_array_equal(targets, inputs + 1)
@@ -18,14 +23,15 @@ def test_targets_are_the_inputs_one_token_later():
 
 
 def test_a_batch_depends_on_key_and_step_only():
-    one = data.batch(jax.random.key(0), TOKENS, 7, 4, 8)
-    chex.assert_trees_all_equal(one, data.batch(jax.random.key(0), TOKENS, jnp.int32(7), 4, 8))
-    for other in (data.batch(jax.random.key(1), TOKENS, 7, 4, 8), data.batch(jax.random.key(0), TOKENS, 8, 4, 8)):
+    one = batch(0, 7)
+    whole = data.windows(jax.random.key(0), TOKENS, jnp.arange(5, 10), 4, 8)  # also among other steps
+    chex.assert_trees_all_equal(one, batch(0, 7), data.inputs_and_targets(whole[2]))
+    for other in (batch(1, 7), batch(0, 8)):
         assert (one[0] != other[0]).any()
 
 
 def test_every_window_can_be_drawn_and_none_beyond_the_split():
-    inputs, targets = data.batch(jax.random.key(0), TOKENS[:20], 0, batch_size=2000, block_size=8)
+    inputs, targets = batch(0, 0, batch_size=2000, tokens=TOKENS[:20])
     assert set(np.asarray(inputs[:, 0]).tolist()) == set(range(12))  # 12 windows of 8 inputs and their targets
     assert targets.max() == 19
     counts = np.bincount(inputs[:, 0])

@@ -13,7 +13,7 @@ from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import config, errors, sampling
+from jaxgpt import cli, config, sampling
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.runs import manifest
 
@@ -32,7 +32,7 @@ def in_words(function, *arguments, code):
     try:
         return function(*arguments)
     except Exception as error:
-        found, message = errors.describe(error)
+        found, message = cli.describe(error)
         assert found in code, (found, message)
         assert message and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", message)
         return None

@@ -18,12 +18,10 @@ def lowered_step(model_config, platform, loss_chunks=1):
     model = init.init_model(model_config, seed=0)
     config = optim.OptimConfig(decay_steps=10)
     tx, schedule = optim.optimizer(config), optim.schedule(config)
-    recipe = step.Recipe(
-        nnx.graphdef(model), tx, schedule, 4, model_config.block_size, 1, jnp.dtype(jnp.bfloat16), loss_chunks
-    )
-    traced = step.train_steps.trace(
-        step.init_state(step.params_of(model), tx), jnp.zeros(300, jnp.uint8), jax.random.key(0), recipe=recipe, n=2
-    )
+    spec = step.StepSpec(nnx.graphdef(model), tx, schedule, 1, jnp.dtype(jnp.bfloat16), loss_chunks)
+    windows = jnp.zeros((2, 4, model_config.block_size + 1), jnp.uint8)
+    state = step.init_state(step.params_of(model), tx)
+    traced = step.train_steps.trace(state, windows, jax.random.key(0), spec=spec)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -15,8 +15,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import GPT, GPTConfig, data, generate, load_config, sampling
-from jaxgpt.recipe import make_recipe, resolve
 from jaxgpt.step import TRAIN, TrainState, token_losses, train_steps
+from jaxgpt.training import resolve, step_spec
 
 torch = pytest.importorskip("torch")
 import torch_reference as reference  # noqa: E402  needs torch
@@ -207,27 +207,22 @@ def torch_steps(model, config, batches):
     return measured
 
 
-@partial(jax.jit, static_argnames="block_size")
-def a_hundred_batches(key, tokens, block_size):
-    """Those that jaxgpt's steps 0 to 99 draw, 4 windows each: inputs and targets, (100, 4, T)."""
-    key = jax.random.fold_in(key, TRAIN)
-    return jax.vmap(lambda step: data.batch(key, tokens, step, 4, block_size))(jnp.arange(100))
-
-
 @pytest.mark.parametrize("name", [*FILES, "gpt2"])
 def test_a_hundred_steps_of_training_agree(name, float64):
     flags = {"data.batch_size": 4}
     if not name.startswith("lecture/"):  # warm-up, cosine and what follows within the 100 steps
         flags |= {"optim.warmup_steps": 10, "optim.decay_steps": 80}
     config, model, params, theirs = both_models(name, 4, jnp.float64, SHORT.get(name), flags)
-    recipe = make_recipe(config, model)._replace(dtype=jnp.dtype(jnp.float64))
+    spec = step_spec(config, model)._replace(dtype=jnp.dtype(jnp.float64))
     key, tokens = jax.random.key(4), jnp.asarray(np.random.default_rng(4).integers(0, V, 1000), jnp.uint8)
-    batches = [torch.tensor(np.asarray(part)).long() for part in a_hundred_batches(key, tokens, recipe.block_size)]
+    windows = data.windows(jax.random.fold_in(key, TRAIN), tokens, jnp.arange(100), 4, config.model.block_size)
+    whole = torch.tensor(np.asarray(windows)).long()
+    batches = [whole[..., :-1], whole[..., 1:]]
     before = reference.get_leaves(theirs)
 
-    state = TrainState(jnp.int32(0), params, recipe.tx.init(params))
-    compiled = train_steps.lower(state, tokens, key, recipe=recipe, n=100).compile(QUICKLY)
-    state, measured = compiled(state, tokens, key)
+    state = TrainState(jnp.int32(0), params, spec.tx.init(params))
+    compiled = train_steps.lower(state, windows, key, spec=spec).compile(QUICKLY)
+    state, measured = compiled(state, windows, key)
     expected = torch_steps(theirs, config.optim, batches)
 
     if config.optim.grad_clip:

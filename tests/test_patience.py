@@ -9,7 +9,7 @@ from flax import nnx
 import jaxgpt
 from jaxgpt import loop
 from jaxgpt.devices.stopping import Stopped
-from jaxgpt.patience import Patience, from_manifest
+from jaxgpt.loop import Patience
 from jaxgpt.runs import checkpoint
 
 # at steps 0, 5, 10 ...: two evaluations without a lower loss, one, then three
@@ -22,25 +22,24 @@ def test_only_a_lower_loss_starts_the_count_again():
         watch = watch.after(i, loss)
         seen.append((watch.best_step, watch.waited))
     assert seen == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0)]
-    assert from_manifest(json.loads(json.dumps({"patience": watch._asdict()}))) == watch
-    assert from_manifest({}) == Patience()
+    assert Patience(**json.loads(json.dumps(watch._asdict()))) == watch  # as a manifest keeps it
 
 
 @pytest.mark.parametrize("waited, patience, spent", [(2, 3, False), (3, 3, True), (4, 3, True), (9, 0, False)])
 def test_no_patience_is_patience_without_end(waited, patience, spent):
-    assert Patience(1.0, 0, waited).spent(patience) == spent
+    assert Patience(1.0, 0, waited).is_spent(patience) == spent
 
 
 @pytest.fixture
 def told(monkeypatch):
     """Evaluations say what LOSSES say."""
-    look = loop.Job.look
+    look = loop.TrainingLoop.estimate_and_sample
 
     def look_and_lie(job, state, step):
         look(job, state, step)
         return LOSSES[step // 5]
 
-    monkeypatch.setattr(loop.Job, "look", look_and_lie)
+    monkeypatch.setattr(loop.TrainingLoop, "estimate_and_sample", look_and_lie)
     return look_and_lie
 
 
@@ -85,11 +84,11 @@ def test_an_interrupted_run_stops_where_an_uninterrupted_one_does(told, flags, t
             os.kill(os.getpid(), signal.SIGTERM)
         return told(job, state, step)
 
-    monkeypatch.setattr(loop.Job, "look", look_and_signal)
+    monkeypatch.setattr(loop.TrainingLoop, "estimate_and_sample", look_and_signal)
     with pytest.raises(Stopped):
         jaxgpt.train(jaxgpt.load_config(flags))
     assert max(kept(tmp_path / "run")) == at
-    monkeypatch.setattr(loop.Job, "look", told)
+    monkeypatch.setattr(loop.TrainingLoop, "estimate_and_sample", told)
     assert jaxgpt.train(jaxgpt.load_config(flags)).step == 45
     assert kept(tmp_path / "run") == kept(tmp_path / "whole")
     chex.assert_trees_all_equal(*(params_of(tmp_path / name, 45) for name in ("run", "whole")))

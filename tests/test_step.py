@@ -12,19 +12,19 @@ from flax import nnx
 from jaxgpt import data, init, optim, step
 from jaxgpt.config import ConfigError, load_config
 from jaxgpt.model import GPTConfig
-from jaxgpt.recipe import resolve
-from jaxgpt.step import Recipe, TrainState
+from jaxgpt.step import StepSpec, TrainState
+from jaxgpt.training import resolve
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, 500), jnp.uint8)
 
 
-def make(grad_accumulation=1, batch_size=4, dropout=0.0, dtype="float32", **optim_fields):
+def make(grad_accumulation=1, dropout=0.0, dtype="float32", **optim_fields):
     config = GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16, dropout=dropout)
     model = first_model(config)
     optim_config = optim.OptimConfig(warmup_steps=0, decay_steps=100, **optim_fields)
     tx, schedule = optim.optimizer(optim_config), optim.schedule(optim_config)
-    recipe = Recipe(nnx.graphdef(model), tx, schedule, batch_size, 8, grad_accumulation, jnp.dtype(dtype))
-    return recipe, jax.tree.map(jnp.copy, step.init_state(step.params_of(model), tx))  # a step donates what it is given
+    spec = StepSpec(nnx.graphdef(model), tx, schedule, grad_accumulation, jnp.dtype(dtype))
+    return spec, jax.tree.map(jnp.copy, step.init_state(step.params_of(model), tx))  # a step donates what it is given
 
 
 @functools.cache
@@ -32,8 +32,11 @@ def first_model(config):
     return init.init_model(config, seed=0)
 
 
-def run(recipe, state, n, tokens=TOKENS, seed=0):
-    return step.train_steps(state, tokens, jax.random.key(seed), recipe=recipe, n=n)
+def run(spec, state, n, tokens=TOKENS, seed=0, rows=4):
+    """Some steps on the windows that they draw themselves from the tokens."""
+    steps = int(state.step) + jnp.arange(n)
+    windows = data.windows(step.stream_key(seed, step.TRAIN), tokens, steps, rows, 8)
+    return step.train_steps(state, windows, jax.random.key(seed), spec=spec)
 
 
 def test_metrics_have_one_float32_a_step_and_the_state_counts_them():
@@ -46,11 +49,11 @@ def test_metrics_have_one_float32_a_step_and_the_state_counts_them():
 
 
 def test_an_update_that_is_not_finite_is_not_applied():
-    recipe, state = make(learning_rate=1e30, grad_clip=0.0)
+    spec, state = make(learning_rate=1e30, grad_clip=0.0)
     with jax.debug_nans(False):
-        state, first = run(recipe, state, n=1)
+        state, first = run(spec, state, n=1)
         before = jax.device_get(state)
-        state, later = run(recipe, state, n=3)
+        state, later = run(spec, state, n=3)
     assert np.isfinite(first["loss"]).all() and not np.isfinite(later["loss"]).any()
     chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), (before.params, before.opt_state))
     assert int(state.step) == 4
@@ -65,18 +68,18 @@ def test_all_finite_sees_one_value_in_a_tree():
 
 
 def test_loss_of_a_step_is_the_cross_entropy_of_its_batch():
-    recipe, state = make()
-    key = jax.random.fold_in(jax.random.key(0), step.TRAIN)
-    inputs, targets = data.batch(key, TOKENS, 0, 4, 8)
-    logits = np.asarray(step.build(recipe, state.params)(inputs), np.float64)
+    spec, state = make()
+    (windows,) = data.windows(step.stream_key(0, step.TRAIN), TOKENS, jnp.arange(1), 4, 8)
+    inputs, targets = data.inputs_and_targets(windows)
+    logits = np.asarray(step.build(spec, state.params)(inputs), np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     expected = np.mean(log_z - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0])
-    _, metrics = run(recipe, state, n=1)
+    _, metrics = run(spec, state, n=1)
     assert float(metrics["loss"][0]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_accumulating_gradients_equals_one_large_batch():
-    (large, metrics), (parts, metrics_of_parts) = (run(*make(parts, 8 // parts), n=1) for parts in (1, 4))
+    (large, metrics), (parts, metrics_of_parts) = (run(*make(parts), n=1, rows=8) for parts in (1, 4))
     chex.assert_trees_all_close(metrics, metrics_of_parts, rtol=1e-5)
     # the first moment is a tenth of the gradient; the same sums in another order
     ours, theirs = (optax.tree.get(state.opt_state, "mu") for state in (parts, large))
@@ -84,21 +87,21 @@ def test_accumulating_gradients_equals_one_large_batch():
 
 
 def test_the_same_steps_come_out_however_they_are_cut_into_calls():
-    recipe, state = make(dropout=0.5)
-    whole, _ = run(recipe, state, n=4)
+    spec, state = make(dropout=0.5)
+    whole, _ = run(spec, state, n=4)
     _, state = make(dropout=0.5)
     for _ in range(2):
-        state, _ = run(recipe, state, n=2)
+        state, _ = run(spec, state, n=2)
     chex.assert_trees_all_equal(whole.params, state.params)
 
 
 def test_seed_and_step_change_batch_and_dropout():
-    recipe, _ = make(dropout=0.5)
+    spec, _ = make(dropout=0.5)
 
     def loss(at, seed, tokens=TOKENS):
         fresh = make(dropout=0.5)[1]
         state = TrainState(jnp.int32(at), fresh.params, fresh.opt_state)
-        return float(run(recipe, state, 1, tokens, seed)[1]["loss"][0])
+        return float(run(spec, state, 1, tokens, seed)[1]["loss"][0])
 
     assert loss(0, 0) == loss(0, 0)
     assert len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
@@ -107,28 +110,27 @@ def test_seed_and_step_change_batch_and_dropout():
 
 
 def test_one_batch_can_be_learned_by_heart():
-    recipe, state = make(batch_size=1, learning_rate=1e-2, min_learning_rate=1e-2, weight_decay=0.0)
-    _, metrics = run(recipe, state, n=200, tokens=TOKENS[:9])
+    spec, state = make(learning_rate=1e-2, min_learning_rate=1e-2, weight_decay=0.0)
+    _, metrics = run(spec, state, n=200, tokens=TOKENS[:9], rows=1)
     assert metrics["loss"][0] > 0.9 * math.log(65)
     assert metrics["loss"][-1] < 0.02
 
 
-def test_two_calls_trace_the_step_once():
-    recipe, state = make(beta1=0.8)  # a recipe that no other test compiles
-    chex.clear_trace_counter()
-    counted = chex.assert_max_traces(step.train_steps.__wrapped__, n=1)
-    jitted = jax.jit(counted, static_argnames=("recipe", "n"))
-    for _ in range(3):
-        state, _ = jitted(state, TOKENS, jax.random.key(0), recipe=recipe, n=2)
-    assert int(state.step) == 6
-    with pytest.raises(AssertionError):
-        jitted(state, TOKENS[:400], jax.random.key(0), recipe=recipe, n=2)
+def test_other_weights_windows_and_keys_trace_the_step_once(monkeypatch):
+    traced, train_step = [], step.train_step
+    monkeypatch.setattr(step, "train_step", lambda *args: traced.append(1) or train_step(*args))
+    spec, state = make(beta1=0.8)  # a spec that no other test compiles
+    for seed in range(3):
+        state, _ = run(spec, state, n=2, seed=seed)
+    assert int(state.step) == 6 and len(traced) == 1
+    run(spec, state, n=3)  # another number of steps is another program
+    assert len(traced) == 2
 
 
 @pytest.mark.skipif(jax.config.jax_debug_nans, reason="jax keeps donated arrays to find the NaN")
 def test_the_old_state_is_donated():
-    recipe, state = make()
-    run(recipe, state, n=1)
+    spec, state = make()
+    run(spec, state, n=1)
     assert state.params["lm_head"]["kernel"].is_deleted()
 
 
@@ -155,16 +157,18 @@ def test_evaluation_is_the_mean_over_all_tokens_but_the_first(n):
 
 
 def test_the_quick_estimate_agrees_with_the_whole_split():
-    recipe, state = make(batch_size=16)
-    estimate = step.estimate_loss(state.params, data.batches(jax.random.key(0), TOKENS, 20, 16, 8), recipe=recipe)
+    spec, state = make()
+    estimate = step.estimate_loss(
+        state.params, data.windows(jax.random.key(0), TOKENS, jnp.arange(20), 16, 8), spec=spec
+    )
     chex.assert_shape(estimate, ())
-    assert float(estimate) == pytest.approx(step.evaluate(step.build(recipe, state.params), TOKENS), abs=0.02)
+    assert float(estimate) == pytest.approx(step.evaluate(step.build(spec, state.params), TOKENS), abs=0.02)
 
 
 def test_inputs_and_targets_must_have_one_shape():
-    recipe, state = make()
+    spec, state = make()
     with pytest.raises(AssertionError):
-        step.token_losses(step.build(recipe, state.params), jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 7), jnp.int32))
+        step.token_losses(step.build(spec, state.params), jnp.zeros((2, 8), jnp.int32), jnp.zeros((2, 7), jnp.int32))
 
 
 def gradients(vocab_size, loss_chunks=1, **fields):

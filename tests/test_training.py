@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import init, loop, optim, recipe, step
+from jaxgpt import init, loop, optim, step, training
 from jaxgpt.devices import chips
 from jaxgpt.devices.stopping import Stopped, stop_requests
+from jaxgpt.errors import CheckpointError
 from jaxgpt.runs import checkpoint
 from jaxgpt.runs import directory as run_module
-from jaxgpt.runs.checkpoint import CheckpointError
 from jaxgpt.runs.directory import OtherRunError
 
 
@@ -31,7 +31,7 @@ def params_of(run_dir, step):
 
 
 def opt_state_of(config, step_number):
-    config = recipe.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
+    config = training.resolve(config, jaxgpt.load(config.run.dir).config.model.vocab_size)
     params = init.init_params(config.model, jax.random.key(0))
     like = vars(step.init_state(params, optim.optimizer(config.optim)))
     return checkpoint.Checkpoints(f"{config.run.dir}/checkpoints").restore(step_number, like)["opt_state"]
@@ -98,14 +98,14 @@ def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
     whole = jaxgpt.load_config([*tiny_config, "--run.dir", str(tmp_path / "whole")])
     jaxgpt.train(whole)
     config = jaxgpt.load_config(tiny_config)
-    log = loop.Job.log
+    log = loop.TrainingLoop.log
 
     def log_and_die(job, first, chunk, began):
         if first >= interrupted_at:
             raise SystemExit("killed")
         return log(job, first, chunk, began)
 
-    monkeypatch.setattr(loop.Job, "log", log_and_die)
+    monkeypatch.setattr(loop.TrainingLoop, "log", log_and_die)
     with pytest.raises(SystemExit):
         jaxgpt.train(config)
     monkeypatch.undo()
@@ -120,14 +120,14 @@ def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_the_same_config_carries_on(tiny_config, tmp_path, monkeypatch, number):
     config = jaxgpt.load_config(tiny_config)
-    look = loop.Job.look
+    look = loop.TrainingLoop.estimate_and_sample
 
     def look_and_signal(job, state, at):
         if at == 20:
             os.kill(os.getpid(), number)
         return look(job, state, at)
 
-    monkeypatch.setattr(loop.Job, "look", look_and_signal)
+    monkeypatch.setattr(loop.TrainingLoop, "estimate_and_sample", look_and_signal)
     with pytest.raises(Stopped, match="step 20") as stopped:
         jaxgpt.train(config)
     assert stopped.value.signal_number == number

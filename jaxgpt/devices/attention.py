@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.errors import ArgumentError
+
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
 TILE = 128  # splash attention's: it takes windows that are a multiple
 
@@ -56,7 +58,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Literal["cudnn", "s
         try:
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
         except RuntimeError as error:
-            raise ValueError(f"no cuDNN attention here ({error}): use --model.attention auto") from error
+            raise ArgumentError(f"no cuDNN attention here ({error}): use --model.attention auto") from error
     # a kernel is opaque to the partitioner: each device runs it on its part of the batch and of the heads
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -76,7 +78,7 @@ def _splash_kernel(H: int, T: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     if T % TILE:
-        raise ValueError(f"splash attention takes windows of a multiple of {TILE}, not {T}: use attention xla")
+        raise ArgumentError(f"splash attention takes windows of a multiple of {TILE}, not {T}: use attention xla")
     block = next(size for size in (512, 256, TILE) if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,

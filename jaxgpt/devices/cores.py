@@ -12,7 +12,6 @@ import pathlib
 import jax
 
 from jaxgpt.devices.sharding import MeshConfig
-from jaxgpt.model import GPTConfig
 
 WORTH = 30e6  # FLOPs of a step in the blocks; below, devices wait for each other longer than they compute
 STATE = 4 << 30  # bytes that the devices' copies of the parameters and their moments may take together
@@ -27,10 +26,16 @@ def count() -> int:
     return cores
 
 
-def share(mesh: MeshConfig, model: GPTConfig, batch_size: int) -> MeshConfig:
-    """Make each core a device, and say how many of them a run takes.
+def as_devices(mesh: MeshConfig, block_parameters: int, batch_size: int, block_size: int) -> MeshConfig:
+    """Expose each CPU core as a JAX device, and return the mesh with as many of them as the run should use.
 
-    Nothing on GPUs and TPUs, in several processes, and where the environment says how many devices a CPU is to have.
+    Changes nothing on GPUs and TPUs, in several processes, and where the environment sets a CPU's number of devices.
+
+    Args:
+        mesh: as configured.
+        block_parameters: of the model's blocks, without the vocabulary's.
+        batch_size: windows per step.
+        block_size: tokens per window.
     """
     told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if jax.distributed.is_initialized() or told or "JAX_NUM_CPU_DEVICES" in os.environ:
@@ -38,24 +43,27 @@ def share(mesh: MeshConfig, model: GPTConfig, batch_size: int) -> MeshConfig:
     if jax.config.jax_num_cpu_devices < 1:
         with contextlib.suppress(RuntimeError):  # a backend is running
             jax.config.update("jax_num_cpu_devices", count())
-    return mesh if jax.default_backend() != "cpu" else divide(mesh, model, batch_size, jax.device_count())
+    if jax.default_backend() != "cpu":
+        return mesh
+    return divide(mesh, block_parameters, batch_size, block_size, jax.device_count())
 
 
-def divide(mesh: MeshConfig, model: GPTConfig, batch_size: int, n_devices: int) -> MeshConfig:
+def divide(mesh: MeshConfig, block_parameters: int, batch_size: int, block_size: int, n_devices: int) -> MeshConfig:
     """The mesh with its -1 for `data` filled in for the cores of one CPU.
 
-    As many of them as divide the batch; one, if a step is too short to be shared; fewer, if the model is large.
+    That is the largest number of cores that divides the batch, but one for steps that are too short to be shared, and
+    fewer where copies of a large model would fill the memory.
 
     Args:
-        mesh: as configured; one with a say of its own is left alone.
-        model: its sizes.
-        batch_size: windows a step.
+        mesh: as configured; one that names its sizes is returned as it is.
+        block_parameters: of the model's blocks, without the vocabulary's.
+        batch_size: windows per step.
+        block_size: tokens per window.
         n_devices: cores that are devices.
     """
     if (mesh.data, mesh.fsdp, mesh.tensor) != (-1, 1, 1):
         return mesh
-    in_blocks = 12 * model.n_layer * model.width**2  # parameters, without the vocabulary's
-    if 6 * in_blocks * batch_size * model.block_size < WORTH:
+    if 6 * block_parameters * batch_size * block_size < WORTH:
         return dataclasses.replace(mesh, data=1)
-    most = min(n_devices, batch_size, max(STATE // (16 * in_blocks), 1))
+    most = min(n_devices, batch_size, max(STATE // (16 * block_parameters), 1))
     return dataclasses.replace(mesh, data=max(n for n in range(1, most + 1) if batch_size % n == 0))

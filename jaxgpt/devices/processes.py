@@ -13,11 +13,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxgpt.errors import ArgumentError, JaxgptError
+
 A = TypeVar("A")
 
 
-class PeerLostError(RuntimeError):
+class PeerLostError(JaxgptError, RuntimeError):
     """Another process of the run is gone, or the processes never met."""
+
+    exit_code = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,15 @@ class DistributedConfig:
 
     def __post_init__(self):
         if self.heartbeat_timeout < 1:
-            raise ValueError(f"heartbeat_timeout is {self.heartbeat_timeout}: use 1 second or more")
+            raise ArgumentError(f"heartbeat_timeout is {self.heartbeat_timeout}: use 1 second or more")
         if self.coordinator_address is not None and ":" not in self.coordinator_address:
-            raise ValueError(f"coordinator_address is {self.coordinator_address!r}: write HOST:PORT")
+            raise ArgumentError(f"coordinator_address is {self.coordinator_address!r}: write HOST:PORT")
         if (self.num_processes is None) != (self.process_id is None):
-            raise ValueError("num_processes and process_id go together: give both or none")
+            raise ArgumentError("num_processes and process_id go together: give both or none")
         if self.process_id is not None and not 0 <= self.process_id < self.num_processes:
-            raise ValueError(f"process_id is {self.process_id}: use 0 to {self.num_processes - 1} (num_processes - 1)")
+            raise ArgumentError(
+                f"process_id is {self.process_id}: use 0 to {self.num_processes - 1} (num_processes - 1)"
+            )
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -96,14 +102,14 @@ def join(config: DistributedConfig) -> None:
         ) from error
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process at once: an orderly end would wait for processes that wait for this one."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
-def several() -> bool:
+def is_multi_process() -> bool:
     """Whether processes have met; unlike jax.process_count, this starts no backend."""
     return jax.distributed.is_initialized()
 
@@ -136,4 +142,4 @@ def lost_peer(error: BaseException) -> bool:
     """Whether an error in a run of several processes is the end of another one: jax raises several types for it."""
     signs = ("Gloo", "NCCL", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat",
              "Barrier", "CoordinationService", "coordination service", "shut down")  # fmt: skip
-    return several() and isinstance(error, Exception) and any(sign in str(error) for sign in signs)
+    return is_multi_process() and isinstance(error, Exception) and any(sign in str(error) for sign in signs)

@@ -17,6 +17,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.errors import ArgumentError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 SPLIT = ("tensor", "fsdp")  # in this order, gathering along fsdp leaves one part for each of tensor
@@ -33,7 +35,7 @@ RULES = (
 )
 
 
-class MeshError(ValueError):
+class MeshError(ArgumentError):
     """The devices, the mesh, and the sizes of model and batch do not go together."""
 
 
@@ -51,10 +53,10 @@ class MeshConfig:
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1:
-            raise ValueError("mesh has several axes of -1: let one of them take all that are left")
+            raise ArgumentError("mesh has several axes of -1: let one of them take all that are left")
         for axis, size in zip(AXES, sizes):
             if size != -1 and size < 1:
-                raise ValueError(f"{axis} is {size}: use 1 or more devices, or -1 for all that are left")
+                raise ArgumentError(f"{axis} is {size}: use 1 or more devices, or -1 for all that are left")
 
 
 def sizes_of(config: MeshConfig, n_devices: int) -> dict[str, int]:
@@ -148,7 +150,7 @@ def _mesh() -> AbstractMesh | None:
     return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
-def works_apart(mesh: Mesh, dropout: float) -> bool:
+def takes_mean_over_devices(mesh: Mesh, dropout: float) -> bool:
     """Whether a step on this mesh takes `mean_over_devices`: CPU devices that share nothing but the batch.
 
     On GPU and TPU the partitioner does as well. Dropout masks are drawn for the whole batch, which a device alone

@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
+from jaxgpt.errors import JaxgptError
 
-class Stopped(Exception):
-    """A signal asked the run to stop; all is saved, and the same command continues it."""
+
+class Stopped(JaxgptError):
+    """A signal asked the work to stop; it is saved, and the same command continues it."""
 
     def __init__(self, signal_number: int, step: int, unit: str = "step"):
         super().__init__(f"stopped and saved at {unit} {step:,}: run the same command again to continue")
         self.signal_number = signal_number
+        self.exit_code = 130 if signal_number == signal.SIGINT else 75
 
 
 @contextlib.contextmanager

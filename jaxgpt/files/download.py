@@ -11,9 +11,13 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxgpt.errors import JaxgptError
 
-class DownloadError(ValueError):
-    """A file is out of reach, or not the pinned one; the message is one line, `what (where, value): remedy`."""
+
+class DownloadError(JaxgptError, ValueError):
+    """A file cannot be downloaded, or is not the pinned one."""
+
+    exit_code = 3
 
 
 def cache_dir() -> Path:

@@ -10,6 +10,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 
+from jaxgpt.errors import JaxgptError, JaxgptWarning
 from jaxgpt.files import storage
 
 try:
@@ -23,16 +24,18 @@ HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
 FAR = 1 << 30  # Windows locks bytes, and nobody else can read those: one behind the text
 
 
-class BusyError(ValueError):
-    """Another process writes to the folder; one line, `what (where, who): remedy`."""
+class BusyError(JaxgptError, ValueError):
+    """Another process writes to the folder."""
+
+    exit_code = 6
 
 
-class LockWarning(UserWarning):
+class LockWarning(JaxgptWarning):
     """The file system has no locks."""
 
 
 @contextlib.contextmanager
-def held(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
+def hold_lock(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
     """Be the only writer of a folder, which is made if need be and removed again if nothing came into it.
 
     The file says who holds the lock; the lock itself is the kernel's, so a dead process leaves none. On an object

@@ -9,12 +9,16 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from jaxgpt.errors import JaxgptError
+
 ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO,
           errno.EFBIG}  # fmt: skip
 
 
-class StorageError(RuntimeError):
-    """Something cannot be written; one line, `what (where, value): remedy`."""
+class StorageError(JaxgptError, RuntimeError):
+    """A file or a folder cannot be written."""
+
+    exit_code = 7
 
 
 def is_remote(path) -> bool:

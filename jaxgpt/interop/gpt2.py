@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jaxgpt.devices.sharding import name_of
+from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.init import abstract
 from jaxgpt.model import LAYER_NORM_EPSILON, GPTConfig
-from jaxgpt.runs.checkpoint import CheckpointError
 from jaxgpt.step import params_of
 
 OUTSIDE = {
@@ -48,7 +48,7 @@ MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the triangle, which o
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
-class FormatError(ValueError):
+class FormatError(JaxgptError, ValueError):
     """A model that GPT-2's format has no place for."""
 
 

@@ -4,26 +4,25 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import Config, TrainConfig
+from jaxgpt.config import Config, RunConfig, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.sharding import AXES
+from jaxgpt.errors import CheckpointError
 from jaxgpt.files import lock, storage
 from jaxgpt.interop import gpt2, hf_tokenizer, hub
 from jaxgpt.interop.torch_checkpoint import Tensor, TorchFile, unpickle
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer
-from jaxgpt.runs.checkpoint import CheckpointError, Checkpoints, RunConfig
-from jaxgpt.runs.directory import CHECKPOINTS, TOKENIZER, OtherRunError, begin, facts_of
+from jaxgpt.runs.directory import TOKENIZER, OtherRunError, open_run
 from jaxgpt.tokenizer import CharTokenizer, Tokenizer, TokenizerError
 
 INDEX, ONE_FILE, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
@@ -34,7 +33,7 @@ GPT2_ROWS = (50257, 50304)  # of GPT-2's vocabulary: its ids, and nanoGPT's padd
 class ImportArgs:
     """Make a run directory of GPT-2's weights: sample, evaluate, and train on from it."""
 
-    from_: Annotated[str, tyro.conf.arg(name="from")]
+    from_: str
     """Folder that transformers saved (config.json, model.safetensors, tokenizer.json), nanoGPT's ckpt.pt, or a name on
     Hugging Face's hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME@COMMIT."""
     run: str
@@ -89,13 +88,11 @@ def import_run(args: ImportArgs) -> Imported:
     )
     config = configuration(args.run, model)
     state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer(config.optim).init(params)}
-    with lock.held(args.run, "name another --run"), storage.failures(args.run):
-        facts = facts_of(config, begin(config, tokenizer, None), None)
-        del facts["config"]  # what is trained from here may have another one
-        facts |= {"val_loss": None, "mesh": dict.fromkeys(AXES, 1), "imported_from": args.from_}
-        checkpoints = Checkpoints(f"{args.run}/{CHECKPOINTS}")
-        checkpoints.save(0, state, facts)
-        checkpoints.close()
+    with lock.hold_lock(args.run, "name another --run"), storage.failures(args.run):
+        run = open_run(config, tokenizer, None)
+        run.begin(state)
+        run.save(0, state, val_loss=None, mesh=dict.fromkeys(AXES, 1), imported_from=args.from_)
+        run.close()
     return Imported(model, sum(leaf.size for leaf in jax.tree.leaves(params)), rows - ids)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxgpt.runs.checkpoint import CheckpointError
+from jaxgpt.errors import CheckpointError
 
 STORAGES = {
     "DoubleStorage": np.float64,

@@ -2,53 +2,28 @@
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import itertools
 import math
 import os
 import pathlib
 import warnings
 from collections.abc import Set
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxgpt.runs import manifest
+from jaxgpt.errors import CheckpointError, JaxgptWarning
 from jaxgpt.files import storage
 from jaxgpt.runs.manifest import MANIFEST
 
 ARRAYS = "state"
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is not there or cannot be used."""
-
-
-class CheckpointWarning(UserWarning):
+class CheckpointWarning(JaxgptWarning):
     """A checkpoint is passed over, or a run continues in other circumstances."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Where a run is kept, and how often."""
-
-    dir: str = ""
-    """Run directory, also on an object store (gs://...); the default is runs/<name of the config file>."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Continue the run in the directory if there is one, refuse to, or insist on it."""
-    init_from: str = ""
-    """Run directory to start a new run from: its best weights, its model and its tokenizer, but step 0."""
-    checkpoint_interval: int = 250
-    """Steps between checkpoints; the last step is always saved."""
-    keep: int = 2
-    """How many of the latest checkpoints are kept; the one with the best validation loss is kept besides."""
-
-    def __post_init__(self):
-        for name in ("checkpoint_interval", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use 1 or more")
 
 
 class Checkpoints:
@@ -88,7 +63,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"checkpoint {step} cannot be used ({folder}, {error}): use another step") from None
 
-    def damage(self, step: int) -> str | None:
+    def find_damage(self, step: int) -> str | None:
         """What is wrong with a step's files, None where each has the sha256 that it was saved with.
 
         Raises:
@@ -123,7 +98,7 @@ class Checkpoints:
         """
         found = None
         for step in reversed(self.steps()):
-            damage = self.damage(step)
+            damage = self.find_damage(step)
             if damage is None:
                 found = step
                 break
@@ -147,7 +122,7 @@ class Checkpoints:
             CheckpointError: something was saved, and nothing of it can be used.
         """
         damaged: set[int] = set()
-        while (step := self.best(damaged)) is not None and (damage := self.damage(step)):
+        while (step := self.best(damaged)) is not None and (damage := self.find_damage(step)):
             if step in self.steps():  # else the run that trains here has just removed it
                 damaged.add(step)
                 _warn(f"checkpoint {step} is damaged ({self.directory / str(step)}, {damage}): it is not used")
@@ -212,7 +187,7 @@ class Checkpoints:
                     f"checkpoint {step} has another array ({self.directory}, {name}: {stored.get(name)}, not {array}): "
                     "use the configuration that it was trained with"
                 )
-        if jax.process_index() == 0 and (damage := self.damage(step)):
+        if jax.process_index() == 0 and (damage := self.find_damage(step)):
             raise CheckpointError(f"checkpoint {step} is damaged ({self.directory}, {damage}): use another step")
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)

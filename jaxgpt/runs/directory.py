@@ -1,12 +1,15 @@
-"""A run directory: opened to train in, or loaded to use what was trained."""
+"""A run directory: opened to train in it, or loaded to use what was trained."""
 
+import atexit
 import dataclasses
 import hashlib
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import tempfile
 import warnings
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,21 +17,24 @@ from etils import epath
 from flax import nnx
 
 from jaxgpt import config as configs
-from jaxgpt.devices import processes
-from jaxgpt.files import storage
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from jaxgpt.config import Config
+from jaxgpt.devices import processes
+from jaxgpt.errors import CheckpointError, JaxgptError
+from jaxgpt.files import storage
 from jaxgpt.init import abstract
 from jaxgpt.model import GPT
-from jaxgpt.step import params_of
+from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
+from jaxgpt.step import TrainState, params_of
 from jaxgpt.tokenizer import Tokenizer
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer.json", "checkpoints"
 
 
-class OtherRunError(ValueError):
+class OtherRunError(JaxgptError, ValueError):
     """The run directory belongs to another run."""
+
+    exit_code = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +56,11 @@ def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
     if "://" not in str(run_dir):
         return pathlib.Path(run_dir)
     folder, remote = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt-run-")), epath.Path(run_dir)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path in remote.iterdir() if remote.exists() else ():
         if path.is_file():
             (folder / path.name).write_bytes(path.read_bytes())
     return folder
-
-
-def publish(run_dir: str, folder: pathlib.Path) -> None:
-    """Copy the small files to the run's directory, if they are not there."""
-    if "://" in run_dir:
-        remote = epath.Path(run_dir)
-        remote.mkdir(parents=True, exist_ok=True)
-        for path in folder.iterdir():
-            (remote / path.name).write_bytes(path.read_bytes())
 
 
 def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
@@ -133,14 +131,159 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def facts_of(config: Config, folder: pathlib.Path, corpus_sha256: str | None) -> dict[str, Any]:
-    """What a manifest says of the run that a checkpoint belongs to; `folder` has its small files."""
-    return {
-        "corpus_sha256": corpus_sha256,
-        "tokenizer_sha256": _sha256(folder / TOKENIZER),
-        "config": configs.flat(config),
-        "circumstances": circumstances(),
-    }
+class RunDirectory:
+    """A run directory that this process trains in; `open_run` makes it.
+
+    Attributes:
+        config: the configuration of the run, resolved.
+        checkpoints: its checkpoints.
+        step: the step to continue from; None for a new run.
+        manifest: what the checkpoint of that step says of itself; empty for a new run.
+        folder: where its small files are on this machine.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, corpus_sha256: str | None):
+        self.config, self._tokenizer, self._corpus_sha256 = config, tokenizer, corpus_sha256
+        self.checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
+        self.folder = files_of(config.run.dir)
+        self.step = processes.from_first(self._step_to_continue_from)
+        self.manifest = {} if self.step is None else self.checkpoints.manifest(self.step)
+
+    def begin(self, shapes: Any) -> None:
+        """Check that there is room for the checkpoints, and write the small files.
+
+        A run that continues keeps its tokenizer.json, byte for byte.
+
+        Args:
+            shapes: arrays of the state, or their descriptions.
+
+        Raises:
+            StorageError: there is too little space, or the directory cannot be written.
+        """
+        left = self.config.train.steps - (self.step or 0)
+        saves = -(-left // self.config.run.checkpoint_interval)
+        processes.from_first(lambda: self.checkpoints.check_space(shapes, saves))
+        if processes.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.step is None or not (self.folder / TOKENIZER).exists():
+                self._tokenizer.save(self.folder / (TOKENIZER + ".tmp"))
+                storage.replace(self.folder / (TOKENIZER + ".tmp"), self.folder / TOKENIZER)
+            storage.write(self.folder / CONFIG, configs.dump(self.config))
+            self._publish()
+
+    def restore(self, shapes: TrainState) -> TrainState:
+        """The state of `step`.
+
+        Args:
+            shapes: the shapes, dtypes and shardings that it is to have.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or holds other arrays.
+        """
+        return TrainState(**self.checkpoints.restore(self.step, vars(shapes)))
+
+    def save(self, step: int, state: dict[str, Any], **facts: Any) -> None:
+        """Write a checkpoint in the background; the small files go with it.
+
+        Args:
+            step: the steps that the state has behind it.
+            state: a dict of pytrees of arrays.
+            **facts: what the manifest says besides what identifies the run, in JSON's types; `val_loss` is among it.
+
+        Raises:
+            StorageError: this checkpoint or the one before cannot be written.
+        """
+        if processes.is_first():
+            self._publish()
+            facts = {**self._identity, **facts}
+        self.checkpoints.save(step, state, facts)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint, and publish the small files.
+
+        Raises:
+            StorageError: one of them cannot be written.
+        """
+        try:
+            self.checkpoints.close()
+        finally:
+            if processes.is_first():
+                self._publish()
+
+    def _publish(self) -> None:
+        """Copy the small files to the run directory if that is on an object store."""
+        if storage.is_remote(self.config.run.dir):
+            remote = epath.Path(self.config.run.dir)
+            remote.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.iterdir():
+                (remote / path.name).write_bytes(path.read_bytes())
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a manifest says of the run that its checkpoint belongs to."""
+        identity = {
+            "corpus_sha256": self._corpus_sha256,
+            "tokenizer_sha256": _sha256(self.folder / TOKENIZER),
+            "circumstances": circumstances(),
+        }
+        if self._corpus_sha256 is not None:  # imported weights may be trained with any settings
+            identity["config"] = configs.flat(self.config)
+        return identity
+
+    def _step_to_continue_from(self) -> int | None:
+        """Check that the directory is this run's, and find the step to continue from; None for a new run."""
+        config, now = self.config, configs.flat(self.config)
+        began = (self.folder / CONFIG).is_file()
+        if began and config.run.resume == "never":
+            raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
+        imported = (
+            began and self.checkpoints.steps() == [0] and self.checkpoints.manifest(0)["corpus_sha256"] is None
+        )
+        if began:
+            before, its_tokenizer = read_files(self.folder, config.run.dir)
+            different = configs.differences(configs.flat(before), now)
+            if imported:  # nothing was learned here yet: only the model is decided
+                different = [field for field in different if field.startswith("model.")]
+                different += [] if tokenizers.same(its_tokenizer, self._tokenizer) else ["the tokenizer"]
+            _refuse(config, different)
+        found = self.checkpoints.newest(config.run.checkpoint_interval)
+        if found is None:
+            if config.run.resume == "must":
+                raise CheckpointError(
+                    f"nothing to resume ({config.run.dir}): drop --run.resume must, or name another --run.dir"
+                )
+            return None
+        facts = self.checkpoints.manifest(found)
+        text, sha256 = "the text itself, sha256", self._corpus_sha256
+        before = facts.get("config", now) | {text: sha256 if imported else facts["corpus_sha256"]}
+        _refuse(config, configs.differences(before, {**now, text: sha256}))
+        if began:
+            _check_files(self.folder, config, facts)
+        _warn_of_other_circumstances(facts.get("circumstances", {}))
+        return found
+
+
+def open_run(config: Config, tokenizer: Tokenizer, corpus_sha256: str | None) -> RunDirectory:
+    """Open a run directory to train in it. Writes nothing, except that damaged checkpoints are renamed.
+
+    Args:
+        config: resolved.
+        tokenizer: of the text.
+        corpus_sha256: of the text; None where weights are imported and nothing is learned.
+
+    Raises:
+        OtherRunError: the directory holds a run of another configuration or corpus, or `run.resume` is never.
+        CheckpointError: `run.resume` is must and there is nothing to continue, or all of it is damaged.
+    """
+    return RunDirectory(config, tokenizer, corpus_sha256)
+
+
+def _refuse(config: Config, different: list[str]) -> None:
+    if different:
+        raise OtherRunError(
+            f"the run directory is another run's ({config.run.dir}; {', '.join(different)}): "
+            "name another --run.dir, or repeat that run's settings"
+        )
 
 
 def circumstances() -> dict[str, Any]:
@@ -154,49 +297,10 @@ def circumstances() -> dict[str, Any]:
     return {"device": ", ".join(kinds), "threads": int(threads), "versions": versions}
 
 
-def find_step(config: Config, tokenizer: Tokenizer, corpus_sha256: str) -> tuple[Checkpoints, int | None]:
-    """Check that the run directory is this run's; all that is written there are names of damaged checkpoints.
-
-    Returns:
-        Its checkpoints, and the step to continue from (None: a new run).
-
-    Raises:
-        OtherRunError: the directory holds a run of another configuration or corpus, or `run.resume` is never.
-        CheckpointError: `run.resume` is must and there is nothing to continue, or there is and it is all damaged.
-    """
-    checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
-    return checkpoints, processes.from_first(lambda: _find_step(config, tokenizer, corpus_sha256, checkpoints))
-
-
-def _find_step(config: Config, tokenizer: Tokenizer, corpus_sha256: str, checkpoints: Checkpoints) -> int | None:
-    folder, now = files_of(config.run.dir), configs.flat(config)
-    began = (folder / CONFIG).is_file()
-    if began and config.run.resume == "never":
-        raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
-    imported = began and checkpoints.steps() == [0] and checkpoints.manifest(0)["corpus_sha256"] is None
-    if began:
-        was, its_tokenizer = read_files(folder, config.run.dir)
-        different = configs.differences(configs.flat(was), now)
-        if imported:  # weights that learned nothing here yet: only the model is decided
-            different = [field for field in different if field.startswith("model.")]
-            different += [] if tokenizers.same(its_tokenizer, tokenizer) else ["the tokenizer"]
-        _refuse(config, different)
-    found = checkpoints.newest(config.run.checkpoint_interval)
-    if found is None:
-        if config.run.resume == "must":
-            raise CheckpointError(
-                f"nothing to resume ({config.run.dir}): drop --run.resume must, or name another --run.dir"
-            )
-        return None
-    facts = checkpoints.manifest(found)
-    before, text = facts.get("config", now), "the text itself, sha256"
-    learned_from = corpus_sha256 if imported else facts["corpus_sha256"]
-    _refuse(config, configs.differences({**before, text: learned_from}, {**now, text: corpus_sha256}))
-    if began:
-        _check_files(folder, config, facts)
-    was, here = (_flat(each) for each in (facts.get("circumstances", {}), circumstances()))
+def _warn_of_other_circumstances(before: dict[str, Any]) -> None:
+    before, here = _flat(before), _flat(circumstances())
     if other := [
-        f"{name} was {was[name]}, now {here[name]}" for name in here if was.get(name, here[name]) != here[name]
+        f"{name} was {before[name]}, now {value}" for name, value in here.items() if before.get(name, value) != value
     ]:
         warnings.warn(
             f"the last bits may differ from those of a run that was never stopped ({'; '.join(other)}): "
@@ -204,30 +308,8 @@ def _find_step(config: Config, tokenizer: Tokenizer, corpus_sha256: str, checkpo
             CheckpointWarning,
             stacklevel=2,
         )
-    return found
-
-
-def _refuse(config: Config, different: list[str]) -> None:
-    if different:
-        raise OtherRunError(
-            f"the run directory is another run's ({config.run.dir}; {', '.join(different)}): "
-            "name another --run.dir, or repeat that run's settings"
-        )
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     versions = facts.get("versions", {})
     return {name: value for name, value in facts.items() if name != "versions"} | versions
-
-
-def begin(config: Config, tokenizer: Tokenizer, resumed: int | None) -> pathlib.Path:
-    """Write the small files; returns their folder. A run that goes on keeps its tokenizer.json, byte for byte."""
-    folder = files_of(config.run.dir)
-    if processes.is_first():
-        folder.mkdir(parents=True, exist_ok=True)
-        if resumed is None or not (folder / TOKENIZER).exists():
-            tokenizer.save(folder / (TOKENIZER + ".tmp"))
-            storage.replace(folder / (TOKENIZER + ".tmp"), folder / TOKENIZER)
-        storage.write(folder / CONFIG, configs.dump(config))
-        publish(config.run.dir, folder)
-    return folder

@@ -7,7 +7,8 @@ import jax
 import optax
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.runs.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.errors import CheckpointError
+from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPTConfig
 from jaxgpt.runs.directory import CHECKPOINTS, TOKENIZER, files_of, read_files
@@ -18,14 +19,14 @@ FREE = {"dropout", "embedding_dropout", "init", "attention", "remat", "block_siz
 
 
 def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
-    """Compare a run with the one that it starts from, before its directory is made.
+    """Compare a new run with the one that it starts from, before its directory is made.
 
     Args:
         config: resolved.
         tokenizer: of the run's text.
 
     Returns:
-        The model of the other run; None where the run starts from no other, or has started already.
+        The model of the other run; None where the run starts from no other.
 
     Raises:
         CheckpointError: the other run is not there, or has no checkpoint.
@@ -33,11 +34,6 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
     """
     start = config.run.init_from
     if not start:
-        return None
-    own = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}")
-    started = own.steps()
-    own.close()
-    if started:
         return None
     their_config, their_tokenizer = read_files(files_of(start), f"--run.init_from, {start}")
     ours, theirs = (dataclasses.asdict(model) for model in (config.model, their_config.model))

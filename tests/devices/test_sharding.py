@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from meshes import MESHES
 
 from jaxgpt import config, init, step, training
-from jaxgpt import recipe as recipes
 from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig, MeshError
 from jaxgpt.model import GPTConfig
@@ -73,10 +72,10 @@ def files():
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: path.stem)
 def test_every_parameter_of_every_recipe_matches_one_rule_and_so_do_its_moments(path):
-    resolved = recipes.resolve(config.load_config(["--config", str(path)]), 65)
-    model = recipes.abstract_model(resolved, "cpu")
-    recipe = recipes.make_recipe(resolved, model)
-    specs = sharding.specs(jax.eval_shape(partial(step.init_state, tx=recipe.tx), step.params_of(model)))
+    resolved = training.resolve(config.load_config(["--config", str(path)]), 65)
+    model = training.abstract_model(resolved, "cpu")
+    spec = training.step_spec(resolved, model)
+    specs = sharding.specs(jax.eval_shape(partial(step.init_state, tx=spec.tx), step.params_of(model)))
     adam = specs.opt_state[1][0]
     assert specs.params == adam.mu == adam.nu
     assert specs.step == adam.count == P()

@@ -17,7 +17,7 @@ from jaxgpt.text.prepare import PrepareArgs, prepare
 HOLD = """
 import sys, time
 from jaxgpt.files import lock
-with lock.held(sys.argv[1], ""):
+with lock.hold_lock(sys.argv[1], ""):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -61,7 +61,7 @@ def test_prepare_has_the_same_lock(holder, text_file, tmp_path, capsys):
 
 def test_sampling_needs_no_lock(tiny_config, tmp_path):
     jaxgpt.train(jaxgpt.load_config([*tiny_config, "--train.steps", "5"]))
-    with lock.held(tmp_path / "run", ""):
+    with lock.hold_lock(tmp_path / "run", ""):
         assert jaxgpt.load(tmp_path / "run").step == 5
 
 
@@ -72,7 +72,7 @@ def test_only_one_of_many_at_the_same_time_gets_it(tmp_path):
     def work():
         for _ in range(200):
             try:
-                with lock.held(tmp_path / "run", ""):
+                with lock.hold_lock(tmp_path / "run", ""):
                     inside.append(1)
                     most.append(len(inside))
                     time.sleep(0.0002)
@@ -90,17 +90,17 @@ def test_only_one_of_many_at_the_same_time_gets_it(tmp_path):
 
 
 def test_a_folder_that_got_nothing_is_removed_and_one_that_did_is_not(tmp_path):
-    with lock.held(tmp_path / "a" / "run", ""):
+    with lock.hold_lock(tmp_path / "a" / "run", ""):
         pass
     assert not (tmp_path / "a" / "run").exists()
-    with lock.held(tmp_path / "a" / "run", ""):
+    with lock.hold_lock(tmp_path / "a" / "run", ""):
         (tmp_path / "a" / "run" / "x").write_text("")
     assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["x"]
 
 
 def test_an_object_store_has_no_lock(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with lock.held("gs://bucket/run", ""), lock.held("gs://bucket/run", ""):
+    with lock.hold_lock("gs://bucket/run", ""), lock.hold_lock("gs://bucket/run", ""):
         assert list(tmp_path.iterdir()) == []
 
 
@@ -109,18 +109,18 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
         raise OSError(lock.errno.ENOLCK, os.strerror(lock.errno.ENOLCK))
 
     monkeypatch.setattr(lock, "_lock", refuse)
-    with pytest.warns(LockWarning, match="start only one process here"), lock.held(tmp_path / "run", ""):
+    with pytest.warns(LockWarning, match="start only one process here"), lock.hold_lock(tmp_path / "run", ""):
         pass
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=rf"{tmp_path / 'file' / 'run'}, Not a directory, .* free\)"):
-        lock.held(tmp_path / "file" / "run", "").__enter__()
+        lock.hold_lock(tmp_path / "file" / "run", "").__enter__()
 
 
 def test_a_finished_token_folder_needs_no_lock(text_file, tmp_path):
     args = PrepareArgs(str(text_file), str(tmp_path / "out"), "char", workers=1)
     facts = prepare(args)
-    with lock.held(tmp_path / "out", ""):
+    with lock.hold_lock(tmp_path / "out", ""):
         assert prepare(args) == facts

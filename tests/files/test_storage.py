@@ -65,7 +65,7 @@ def test_a_disk_that_fills_during_a_run_is_exit_7_and_the_earlier_steps_continue
     shutil.copytree(tmp_path / "kept" / "run", run)
     checkpoints = Checkpoints(run / "checkpoints")
     steps = checkpoints.steps()
-    assert steps and all(checkpoints.damage(step) is None for step in steps)
+    assert steps and all(checkpoints.find_damage(step) is None for step in steps)
     argv = [*command[4:], "--train.steps", str(steps[-1] + 10), "--optim.decay_steps", "20000"]
     assert jaxgpt.train(jaxgpt.load_config(argv)).step == steps[-1] + 10  # the same command where there is room
 

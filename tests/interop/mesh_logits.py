@@ -12,17 +12,17 @@ from flax import nnx
 import jaxgpt
 from jaxgpt import step
 from jaxgpt.devices import sharding
-from jaxgpt.recipe import make_recipe, resolve
+from jaxgpt.training import resolve, step_spec
 
 run_dir, tokens, out, *meshes = sys.argv[1:]
 jax.config.update("jax_default_matmul_precision", "highest")
 run, tokens, found = jaxgpt.load(run_dir), np.load(tokens), {}
 params = nnx.to_pure_dict(nnx.state(run.model))
-recipe = make_recipe(resolve(run.config, run.tokenizer.vocab_size), run.model)
+spec = step_spec(resolve(run.config, run.tokenizer.vocab_size), run.model)
 for name in meshes:
     mesh = sharding.make_mesh(sharding.MeshConfig(*map(int, name.split(","))))
     with jax.set_mesh(mesh):
-        model = step.cast(jax.device_put(params, sharding.shardings(mesh, params)), recipe)
+        model = step.cast(jax.device_put(params, sharding.shardings(mesh, params)), spec)
         assert model.token_embedding_table.embedding.shape[0] == sharding.padded(1031, mesh.shape["tensor"])
         found[name] = jax.jit(lambda model, tokens: model(tokens))(model, tokens)
 np.savez(out, **found)

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jaxgpt.errors import CheckpointError
 from jaxgpt.interop.torch_checkpoint import TorchFile
-from jaxgpt.runs.checkpoint import CheckpointError
 
 
 class Stored:

@@ -7,7 +7,9 @@ import pytest
 from etils import epath
 
 from jaxgpt.runs import manifest
-from jaxgpt.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, RunConfig
+from jaxgpt.config import RunConfig
+from jaxgpt.errors import CheckpointError
+from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
 from jaxgpt.files.storage import StorageError
 
 
@@ -116,7 +118,7 @@ def test_a_link_is_no_step(tmp_path):
         checkpoints.save(step, state(step), facts())
     checkpoints.close()
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["2", "4"]
-    assert Checkpoints(tmp_path / "a").damage(2) is None
+    assert Checkpoints(tmp_path / "a").find_damage(2) is None
 
 
 def test_a_name_that_is_no_plain_number_is_no_step(tmp_path):

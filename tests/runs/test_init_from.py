@@ -14,11 +14,13 @@ from jaxgpt import cli, step
 from jaxgpt.interop import gpt2
 from jaxgpt.runs import init_from
 from jaxgpt.devices import sharding
-from jaxgpt.runs.checkpoint import CheckpointError, Checkpoints
+from jaxgpt.errors import CheckpointError
+from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.config import ConfigError
 from jaxgpt.runs.directory import OtherRunError
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer
-from jaxgpt.training import set_up
+from jaxgpt.text.source import open_source
+from jaxgpt.training import resolve, specify
 
 RECIPE = str(pathlib.Path(__file__).parents[2] / "configs" / "finetune_gpt2.yaml")
 SHORT = {
@@ -134,8 +136,10 @@ def test_weights_land_in_the_places_of_a_mesh(start, flags, axis):
     config = jaxgpt.load_config([*flags, "--mesh.data", "1", f"--mesh.{axis}", "2"])
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        config, source, recipe, like = set_up(config, mesh)
-        moved = init_from.initial_state(config, init_from.check(config, source.tokenizer), recipe.tx, like).params
+        tokenizer = open_source(config.data).tokenizer
+        config = resolve(config, tokenizer.vocab_size)
+        spec, shapes = specify(config, mesh)
+        moved = init_from.initial_state(config, init_from.check(config, tokenizer), spec.tx, shapes).params
     assert moved["blocks"][0]["mlp"]["fc"]["kernel"].sharding.shard_shape((32, 128)) != (32, 128)
     assert jax.tree.map(lambda a: a.sharding, moved) == sharding.shardings(mesh, moved)
     chex.assert_trees_all_equal(jax.device_get(moved), start)

@@ -58,9 +58,9 @@ def test_a_damage_of_any_file_of_a_checkpoint_is_found(run_dir, damage):
     assert len(files) > 8 and {"manifest.json", "manifest.ocdbt", "_METADATA"} <= {path.name for path in files}
     for path in files:
         checkpoints, data = Checkpoints(run_dir / "checkpoints"), path.read_bytes()
-        assert checkpoints.damage(40) is None
+        assert checkpoints.find_damage(40) is None
         put(path, DAMAGES[damage](data))
-        found = Checkpoints(run_dir / "checkpoints").damage(40)
+        found = Checkpoints(run_dir / "checkpoints").find_damage(40)
         assert found is not None and path.name in found, path
         put(path, data)
 

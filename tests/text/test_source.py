@@ -3,13 +3,12 @@ import math
 import pathlib
 
 import chex
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import jaxgpt
-from jaxgpt import cli, init, step
+from jaxgpt import cli, step
 from jaxgpt.data import DataConfig
 from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig
@@ -64,14 +63,14 @@ def test_an_interrupted_run_on_a_folder_ends_in_the_bits_of_an_uninterrupted_one
     from jaxgpt import loop
 
     whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
-    config, look = jaxgpt.load_config(flags), loop.Job.look
+    config, look = jaxgpt.load_config(flags), loop.TrainingLoop.estimate_and_sample
 
     def look_and_stop(job, state, at):
         if at == 20:
             raise Stopped(15, at)
         return look(job, state, at)
 
-    monkeypatch.setattr(loop.Job, "look", look_and_stop)
+    monkeypatch.setattr(loop.TrainingLoop, "estimate_and_sample", look_and_stop)
     with pytest.raises(Stopped):
         jaxgpt.train(config)
     monkeypatch.undo()
@@ -92,34 +91,24 @@ def test_a_step_sees_the_batch_that_the_seed_gives_it(folder):
 
 def test_losses_are_estimated_on_the_same_batches_of_each_split(folder):
     found = opened(folder)
-    train, val = (np.asarray(found.sample(split, 3, 2, 4)) for split in ("train", "val"))
+    train, val = (np.asarray(found.windows(stream, 3, 0, 2, 4)) for stream in (step.ESTIMATE, step.VAL))
     chex.assert_shape([train, val], (2, 4, 17))
-    np.testing.assert_array_equal(val, found.sample("val", 3, 2, 4))
+    np.testing.assert_array_equal(val, found.windows(step.VAL, 3, 0, 2, 4))
     assert (train != val).any()
     feed = found.feed([(0, 2)], seed=3, rows=4)
     assert (train != np.asarray(next(feed))).any()  # not what is trained on first
 
 
-def test_batches_and_their_windows_give_the_same_step(text_file):
-    """The two forms that train_steps takes, on the same windows."""
-    config = jaxgpt.GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16)
-    from jaxgpt import data, optim
-
-    settings = optim.OptimConfig(decay_steps=9)
-    graphdef = nnx.graphdef(init.abstract(config))
-    recipe = step.Recipe(
-        graphdef, optim.optimizer(settings), optim.schedule(settings), 4, 8, 1, jax.numpy.dtype("float32")
-    )
-    tokens, key = jax.numpy.arange(500) % 65, jax.random.key(0)
-
-    def state():
-        return step.init_state(step.params_of(init.init_model(config, 0)), recipe.tx)
-
-    batches = [data.batch(jax.random.fold_in(key, step.TRAIN), tokens, i, 4, 8) for i in range(3)]
-    windows = np.stack([np.concatenate([inputs, targets[:, -1:]], axis=1) for inputs, targets in batches])
-    drawn = step.train_steps(state(), tokens, key, recipe=recipe, n=3)
-    given = step.train_steps(state(), windows.astype(np.uint16), key, recipe=recipe, n=3)
-    chex.assert_trees_all_close(drawn, given, rtol=1e-5, atol=1e-9)  # float32, fused in another way
+def test_a_text_and_a_folder_hand_out_the_same_shapes(folder, text_file):
+    text = source.open_source(DataConfig(path=str(text_file)))
+    text.split(sharding.make_mesh(MeshConfig(1)), 16)
+    for stream in (step.TRAIN, step.ESTIMATE, step.VAL):
+        for each in (text, opened(folder)):
+            found = each.windows(stream, 3, 5, 2, 4)
+            chex.assert_shape(found, (2, 4, 17))
+            np.testing.assert_array_equal(found[1], each.windows(stream, 3, 6, 1, 4)[0])  # a step has its own batch
+    (fed,) = text.feed([(5, 2)], seed=3, rows=4)
+    np.testing.assert_array_equal(fed, text.windows(step.TRAIN, 3, 5, 2, 4))
 
 
 def test_a_mixture_of_folders_has_one_fingerprint_that_its_weights_decide(folder):

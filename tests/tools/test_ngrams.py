@@ -1,6 +1,7 @@
 import math
 from collections import Counter
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from jaxgpt import data
 from jaxgpt.init import init_model
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer, schedule
-from jaxgpt.step import TRAIN, Recipe, build, evaluate, init_state, params_of, stream_key, train_steps
+from jaxgpt.step import TRAIN, StepSpec, build, evaluate, init_state, params_of, stream_key, train_steps
 from jaxgpt.text import corpus
 from jaxgpt.tokenizer import CharTokenizer
 from jaxgpt.tools import ngrams
@@ -34,9 +35,10 @@ def train(config, tokens, steps, learning_rate, batch_size=1024):
         learning_rate, min_learning_rate=0, warmup_steps=0, decay_steps=steps, weight_decay=0, grad_clip=0
     )
     model, tx = init_model(config, 0), optimizer(optim)
-    recipe = Recipe(nnx.graphdef(model), tx, schedule(optim), batch_size, config.block_size, 1, jnp.dtype("float32"))
-    state, _ = train_steps(init_state(params_of(model), tx), tokens, stream_key(0, TRAIN), recipe=recipe, n=steps)
-    return build(recipe, state.params)
+    spec = StepSpec(nnx.graphdef(model), tx, schedule(optim), 1, jnp.dtype("float32"))
+    windows = data.windows(stream_key(0, TRAIN), tokens, jnp.arange(steps), batch_size, config.block_size)
+    state, _ = train_steps(init_state(params_of(model), tx), windows, jax.random.key(0), spec=spec)
+    return build(spec, state.params)
 
 
 def least_loss(counts):

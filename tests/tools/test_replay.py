@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, loop
+from jaxgpt import cli, loop, training
 from jaxgpt.config import ConfigError
 from jaxgpt.devices import sharding
+from jaxgpt.errors import CheckpointError
 from jaxgpt.runs import checkpoint
-from jaxgpt.runs.checkpoint import CheckpointError
 from jaxgpt.tools import replay
 from jaxgpt.tools.replay import ReplayArgs
 
@@ -37,8 +37,9 @@ def test_the_first_tensor_that_is_not_finite_is_named(tiny_config, tmp_path, cap
     checkpoints = checkpoint.Checkpoints(run / "checkpoints")
     facts = checkpoints.manifest(30)
     config = jaxgpt.load_config(["--config", str(run / "config.yaml")])
-    like = replay.set_up(config, sharding.make_mesh(sharding.MeshConfig(1))).like
-    state = checkpoints.restore(30, vars(like))
+    config = training.resolve(config, jaxgpt.load(run).tokenizer.vocab_size)
+    _, shapes = training.specify(config, sharding.make_mesh(sharding.MeshConfig(1)))
+    state = checkpoints.restore(30, vars(shapes))
     kernel = state["params"]["blocks"][1]["mlp"]["fc"]["kernel"]
     state["params"]["blocks"][1]["mlp"]["fc"]["kernel"] = kernel.at[0, 0].set(np.nan).at[3, 1].set(np.inf)
     checkpoints.save(32, state, {name: facts[name] for name in ("val_loss", "corpus_sha256", "mesh")})
