@@ -26,9 +26,9 @@ def prepare(config, mesh):
     """The loop of a run without a directory, and its first state."""
     source = open_source(config.data)
     config = resolve(config, source.tokenizer.vocab_size)
-    spec, shapes = specify(config, mesh)
+    spec, _ = specify(config, mesh)
     source.split(mesh, config.model.block_size)
-    state = first_state(config.model, spec.tx, config.seed, shapes)
+    state = first_state(config.model, spec.tx, config.seed)
     sinks = metrics.JsonLines(os.devnull), metrics.Console(config.train.steps)
 
     def emit(record):

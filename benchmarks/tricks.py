@@ -38,8 +38,7 @@ class Training:
         with jax.set_mesh(self.mesh):
             abstract = init.abstract(config.model)
             self.spec = step_spec(config, abstract, self.mesh)
-            like = init.abstract_state(abstract, self.spec.tx, self.mesh)
-            self.state = init.first_state(config.model, self.spec.tx, config.seed, like)
+            self.state = init.first_state(config.model, self.spec.tx, config.seed)
             tokens = np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)
             self.data = sharding.place(self.mesh, tokens), jax.random.key(0)
             self.call = step.train_steps.lower(self.state, *self.data, recipe=self.spec, n=n).compile()

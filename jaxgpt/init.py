@@ -42,33 +42,36 @@ def abstract_state(model: GPT, tx: optax.GradientTransformation, mesh: jax.shard
     return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), state, places)
 
 
-def init_params(config: GPTConfig, key: jax.Array, places: dict[str, Any] | None = None) -> dict[str, Any]:
+def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
     """The parameters of `GPT(config, rngs=nnx.Rngs(params=key))`, in float32, bit for bit.
 
-    One compiled function draws every block: XLA takes a tenth of a second for each matrix of a program.
+    Two programs draw all of them, one for what is around the blocks and one for a block: XLA needs about 0.1 s for
+    every matrix in a program. Under a mesh, each parameter is born with its sharding.
 
     Args:
         config: with its vocab_size.
         key: of all weights.
-        places: the sharding of each parameter; None = the default device.
     """
-
-    def around_blocks(key):
-        params = params_of(GPT(config, rngs=Draws(key)))
-        return {name: part for name, part in params.items() if name != "blocks"}  # what blocks draw is not computed
-
-    def block(key, n):
-        return params_of(Block(config, rngs=Draws(key, n)))
-
-    around, blocks = dict(places or {}), None
-    if config.n_layer and places:
-        blocks = around.pop("blocks")[0]
-    params = jax.jit(around_blocks, out_shardings=around or None)(key)
+    params = _around_blocks(key, config)
     if config.n_layer:
-        draw, tables = jax.jit(block, out_shardings=blocks), 1 + (config.positions == "learned")
-        per_block = len(jax.tree.leaves(jax.eval_shape(block, key, 0)))
-        params["blocks"] = {i: draw(key, jnp.uint32(tables + i * per_block)) for i in range(config.n_layer)}
+        tables = 1 + (config.positions == "learned")
+        per_block = len(jax.tree.leaves(jax.eval_shape(partial(_block, config=config), key, 0)))
+        params["blocks"] = {i: _block(key, jnp.uint32(tables + i * per_block), config) for i in range(config.n_layer)}
     return params
+
+
+@partial(jax.jit, static_argnames="config")
+def _around_blocks(key: jax.Array, config: GPTConfig) -> dict[str, Any]:
+    """All parameters but those of the blocks, which XLA does not compute then."""
+    params = params_of(GPT(config, rngs=Draws(key)))
+    return sharding.pin({name: part for name, part in params.items() if name != "blocks"})
+
+
+@partial(jax.jit, static_argnames="config")
+def _block(key: jax.Array, n: jax.Array, config: GPTConfig) -> dict[str, Any]:
+    """The parameters of a block that begins with the n-th draw."""
+    params = params_of(Block(config, rngs=Draws(key, n)))
+    return sharding.pin({"blocks": {0: params}})["blocks"][0]  # under the name that the sharding rules know
 
 
 def init_model(config: GPTConfig, seed: int) -> GPT:
@@ -76,8 +79,12 @@ def init_model(config: GPTConfig, seed: int) -> GPT:
     return nnx.merge(nnx.graphdef(abstract(config)), init_params(config, stream_key(seed, INIT)))
 
 
-def first_state(config: GPTConfig, tx: optax.GradientTransformation, seed: int, like: TrainState) -> TrainState:
-    """The state before the first step, born where `like` says."""
-    places = jax.tree.map(lambda a: a.sharding, like)
-    params = init_params(config, stream_key(seed, INIT), places.params)
-    return jax.jit(partial(init_state, tx=tx), out_shardings=places, donate_argnums=0)(params)
+def first_state(config: GPTConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state of a new model before the first step."""
+    return state_of(init_params(config, stream_key(seed, INIT)), tx)
+
+
+@partial(jax.jit, static_argnames="tx", donate_argnames="params")
+def state_of(params: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
+    """The state of given parameters before the first step; their memory is taken over."""
+    return sharding.pin(init_state(params, tx))

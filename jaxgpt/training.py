@@ -49,6 +49,7 @@ def train(config: Config) -> Run:
         config = resolve(config, source.tokenizer.vocab_size)
         spec, shapes = specify(config, mesh)
         run = open_run(config, source.tokenizer, source.sha256)
+        stack.callback(run.close)
         source.split(mesh, config.model.block_size)
         weights = init_from.check(config, source.tokenizer) if run.step is None else None
         run.begin(shapes)
@@ -57,9 +58,8 @@ def train(config: Config) -> Run:
         elif weights is not None:
             state = init_from.initial_state(config, weights, spec.tx, shapes)
         else:
-            state = first_state(config.model, spec.tx, config.seed, shapes)
+            state = first_state(config.model, spec.tx, config.seed)
 
-        stack.callback(run.close)
         emit = stack.enter_context(_sinks(run))
         start = start_record(config, mesh, source, state)
         emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"])})

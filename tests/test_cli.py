@@ -18,15 +18,10 @@ from jaxgpt.files import download
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, text):
-    """A small trained run."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "my.txt").write_text(text, encoding="utf-8")
-    flags = "--model.block_size 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --train.steps 30"
-    argv = ["train", "--config", str(ROOT / "configs/shakespeare_cpu.yaml"), "--data.path", str(folder / "my.txt")]
-    assert cli.main([*argv, "--run.dir", str(folder / "run"), *flags.split()]) == 0
-    return folder / "run"
+@pytest.fixture
+def run_dir(trained):
+    """A small trained run, which is only read."""
+    return trained[0]
 
 
 def error_of(capsys, argv):
@@ -96,6 +91,7 @@ def test_what_happens_is_said_in_plain_lines_without_a_terminal(tiny_config, cap
     assert f"jaxgpt sample --run {tmp_path / 'run'}" in out
 
 
+@pytest.mark.full
 def test_a_run_that_learned_nothing_says_so(tiny_config, capsys, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("")
@@ -126,12 +122,13 @@ def test_only_the_text_goes_to_stdout(run_dir, capsys):
     assert capsys.readouterr().out != whole
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("more", [[], ["--stream"]])
 def test_a_reader_that_leaves_early_is_no_error(run_dir, more):
     command = [sys.executable, "-m", "jaxgpt", "sample", "--run", str(run_dir), "--max_new_tokens", "40", *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
-    assert process.stderr.read().splitlines() == [f"run {run_dir}, step 30"] and process.wait() == 0
+    assert process.stderr.read().splitlines() == [f"run {run_dir}, step 40"] and process.wait() == 0
 
 
 def test_several_samples_are_separated_by_dashes(run_dir, capsys):
@@ -149,7 +146,7 @@ def test_eval_is_one_json_line_of_the_whole_split(run_dir, capsys):
     assert cli.main(["eval", "--run", str(run_dir), "--split", "train"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result.keys() == {"split", "step", "tokens", "nats_per_token", "bits_per_byte"}
-    assert (result["split"], result["step"], result["tokens"]) == ("train", 30, 17_999)
+    assert (result["split"], result["step"], result["tokens"]) == ("train", 40, 17_999)
     # one byte a character here
     assert result["bits_per_byte"] == pytest.approx(result["nats_per_token"] / np.log(2))
 
@@ -239,6 +236,7 @@ def wait_for(path, words, process):
     raise AssertionError(f"{words} never came")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_stopped_process_carries_on_when_its_command_is_repeated(tiny_config, tmp_path, number, code):
     (tmp_path / "recipe.yaml").write_text("")
@@ -262,6 +260,7 @@ def test_a_stopped_process_carries_on_when_its_command_is_repeated(tiny_config, 
     process.communicate()
 
 
+@pytest.mark.full
 def test_the_module_and_the_script_are_the_same_door():
     for argv in (["-m", "jaxgpt", "train", "--no_such", "1"], ["train.py", "--no_such", "1"]):
         process = start(argv)
@@ -274,6 +273,7 @@ def test_the_cache_is_private_and_can_be_moved(monkeypatch, tmp_path):
     assert download.cache_dir() == tmp_path / "cache"
 
 
+@pytest.mark.full
 def test_an_error_starts_no_backend():
     """A wrong flag is answered where jax itself cannot start, too."""
     environ = {**os.environ, "JAX_PLATFORMS": "nowhere"}
@@ -282,6 +282,7 @@ def test_an_error_starts_no_backend():
     assert done.returncode == 2 and done.stderr.startswith("jaxgpt: error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_control_characters_are_harmless_on_a_terminal_and_unchanged_in_a_file(tmp_path, capsys, monkeypatch):
     text = tmp_path / "my.txt"
     text.write_text("a\x1b[31m\x07b\x9b0c\n\t" * 300, encoding="utf-8")

@@ -38,9 +38,12 @@ def in_words(function, *arguments, code):
         return None
 
 
+FOLDER = tempfile.TemporaryDirectory()  # for one example after the other
+
+
 def written(content, name="file"):
-    """The path of a file with this text or these bytes, in a folder of its own."""
-    path = pathlib.Path(tempfile.mkdtemp()) / name
+    """The path of a file with this text or these bytes."""
+    path = pathlib.Path(FOLDER.name) / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
     return path
 
@@ -75,7 +78,8 @@ def test_tokenizer_files(content):
 @settings(max_examples=400, deadline=None)
 @given(trees, st.integers(0, 10**6), st.binary(min_size=1, max_size=3))
 def test_manifests(content, at, patch):
-    folder = epath.Path(tempfile.mkdtemp())
+    folder = epath.Path(FOLDER.name) / "manifests"
+    folder.mkdir(exist_ok=True)
     (folder / "array").write_bytes(b"12345")
     manifest.write(folder, {"step": 3, "facts": json.loads(json.dumps(content, allow_nan=False, default=str))} if not
                    has_nan(content) else {"step": 3})  # fmt: skip

@@ -76,6 +76,7 @@ def finish(command, run_dir):
     assert process.returncode == 0 and "Traceback" not in said, said
 
 
+@pytest.mark.full
 def test_killed_at_every_named_point_one_after_the_other(whole, tmp_path):
     """The second time it gets there, where it gets there twice: then there is a checkpoint to lose."""
     command, run_dir = whole[0], tmp_path / "run"
@@ -121,6 +122,7 @@ def kill_at_random(whole, tmp_path, kills, seed):
     return killed
 
 
+@pytest.mark.full
 def test_killed_at_12_random_moments(whole, tmp_path):
     assert kill_at_random(whole, tmp_path, 12, seed=6) == 12
 

@@ -44,6 +44,7 @@ def test_generation_lowers_for_every_platform(platform):
         assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "kernel, platform, call", [("cudnn", "cuda", "__cudnn$fmhaSoftmaxBackward"), ("splash", "tpu", "tpu_custom_call")]
 )

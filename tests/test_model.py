@@ -47,7 +47,13 @@ def test_gpt2_124m_has_openai_s_parameter_count():
     assert count(GPTConfig(vocab_size=50_257, block_size=1024, **gpt2)) == 124_439_808
 
 
-@pytest.mark.parametrize("recipe", [name for name in RUNGS if "scaled" not in name])
+DEEP = {"lecture/colab", "shakespeare_cpu"}  # more layers of the same
+SOME_RUNGS = [
+    pytest.param(name, marks=[pytest.mark.full] if name in DEEP else []) for name in RUNGS if "scaled" not in name
+]
+
+
+@pytest.mark.parametrize("recipe", SOME_RUNGS)
 def test_each_recipe_maps_tokens_to_float32_logits(recipe):
     config = config_of(recipe)
     model = GPT(config, rngs=nnx.Rngs(0))
@@ -66,7 +72,9 @@ def test_attributes_carry_the_names_of_the_lecture():
     assert model.config is SMALL
 
 
-@pytest.mark.parametrize("init, recipe", [("normal", "lecture/layernorm"), ("scaled", "shakespeare_cpu")])
+@pytest.mark.parametrize(
+    "init, recipe", [("normal", "lecture/layernorm"), pytest.param("scaled", "shakespeare_cpu", marks=pytest.mark.full)]
+)
 def test_untrained_model_is_as_good_as_guessing_uniformly(init, recipe):
     config = config_of(recipe)
     assert config.init == init

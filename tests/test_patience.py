@@ -57,6 +57,7 @@ def params_of(folder, step):
     return nnx.to_pure_dict(nnx.state(jaxgpt.load(folder, step).model))
 
 
+@pytest.mark.full
 def test_training_stops_after_so_many_evaluations_and_keeps_the_best(told, flags, tmp_path, capsys):
     run = jaxgpt.train(jaxgpt.load_config(flags))
     assert run.step == 45 and kept(tmp_path / "run") == [30, 45]
@@ -68,12 +69,14 @@ def test_training_stops_after_so_many_evaluations_and_keeps_the_best(told, flags
     assert [r["step"] for r in records if r["kind"] == "final"] == [45]
 
 
+@pytest.mark.full
 def test_the_same_command_does_not_train_on_and_more_patience_does(told, flags, tmp_path):
     jaxgpt.train(jaxgpt.load_config(flags))
     assert jaxgpt.train(jaxgpt.load_config(flags)).step == 45
     assert jaxgpt.train(jaxgpt.load_config([*flags, "--train.patience", "4"])).step == 55
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("at", [15, 35, 40])
 def test_an_interrupted_run_stops_where_an_uninterrupted_one_does(told, flags, tmp_path, monkeypatch, at):
     whole = [*flags, "--run.dir", str(tmp_path / "whole")]
@@ -94,6 +97,7 @@ def test_an_interrupted_run_stops_where_an_uninterrupted_one_does(told, flags, t
     chex.assert_trees_all_equal(*(params_of(tmp_path / name, 45) for name in ("run", "whole")))
 
 
+@pytest.mark.full
 def test_without_patience_a_run_goes_to_its_end_and_saves_when_it_always_did(told, flags, tmp_path):
     assert jaxgpt.train(jaxgpt.load_config([*flags, "--train.patience", "0", "--run.keep", "9"])).step == 55
     assert kept(tmp_path / "run") == [20, 40, 55]

@@ -33,7 +33,10 @@ def lecture_generate(model, prompt, key, n, rule):
     return tokens
 
 
-@pytest.mark.parametrize("length, n", [(1, 4), (1, 20), (2, 1), (3, 1), (5, 4), (7, 5), (8, 10), (12, 6)])
+MORE = [pytest.param(*case, marks=pytest.mark.full) for case in [(1, 4), (2, 1), (5, 4), (12, 6)]]
+
+
+@pytest.mark.parametrize("length, n", [(1, 20), (3, 1), (7, 5), (8, 10), *MORE])
 def test_cached_tokens_are_those_of_the_lecture_s_loop(length, n):
     prompt = jax.random.randint(jax.random.key(length), (3, length), 0, 65)
     out = generate(MODEL, prompt, jax.random.key(1), n, temperature=0.8, top_k=20)
@@ -43,7 +46,7 @@ def test_cached_tokens_are_those_of_the_lecture_s_loop(length, n):
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.full), 3, 16])
 def test_streaming_gives_the_tokens_of_generate(chunk):
     prompt = jnp.array([[1, 2, 3]])
     pieces = list(stream(MODEL, prompt, jax.random.key(5), 17, top_p=0.9, chunk=chunk))
@@ -59,6 +62,7 @@ def test_rows_of_a_batch_and_keys_give_different_texts():
     np.testing.assert_array_equal(one, generate(MODEL, prompt, jax.random.key(1), 20))
 
 
+@pytest.mark.full
 def test_new_weights_keys_and_numbers_do_not_trace_again():
     prompt = jnp.zeros((2, 3), jnp.int32)
     generate(MODEL, prompt, jax.random.key(0), 12, temperature=1.0, top_k=5, top_p=0.5)
@@ -87,6 +91,7 @@ def reference_probabilities(logits, temperature, top_k, top_p):
     return probabilities
 
 
+@pytest.mark.full
 @settings(deadline=None, max_examples=100)
 @given(
     st.lists(st.integers(-400, 400), min_size=2, max_size=30, unique=True),

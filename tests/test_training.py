@@ -51,6 +51,7 @@ def test_a_run_learns_and_leaves_what_the_readme_names(tiny_config, tmp_path):
     assert [sample.split(",")[0] for sample in samples] == [str(n) for n in range(20, 201, 20)]
 
 
+@pytest.mark.full
 def test_a_second_run_of_a_process_finds_its_step_compiled(tiny_config, tmp_path, monkeypatch):
     traced, train_step = [], step.train_step
     monkeypatch.setattr(step, "train_step", lambda *args: traced.append(1) or train_step(*args))
@@ -83,6 +84,7 @@ def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
     assert all(r.keys() == {"kind", "step", "train_loss", "val_loss", "elapsed_s"} for r in evals)
 
 
+@pytest.mark.full
 def test_a_profile_is_a_trace_of_training_steps(tiny_config, tmp_path):
     jaxgpt.train(jaxgpt.load_config([*tiny_config, "--train.profile", str(tmp_path / "trace")]))
     (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
@@ -91,7 +93,7 @@ def test_a_profile_is_a_trace_of_training_steps(tiny_config, tmp_path):
     assert any("train_steps" in name for name in names), sorted(names)[:50]
 
 
-@pytest.mark.parametrize("interrupted_at", [10, 25])
+@pytest.mark.parametrize("interrupted_at", [10, pytest.param(25, marks=pytest.mark.full)])
 def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
     tiny_config, tmp_path, monkeypatch, interrupted_at
 ):
@@ -117,7 +119,7 @@ def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
     chex.assert_trees_all_equal(opt_state_of(config, 40), opt_state_of(whole, 40))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_a_signal_saves_and_the_same_config_carries_on(tiny_config, tmp_path, monkeypatch, number):
     config = jaxgpt.load_config(tiny_config)
     look = loop.TrainingLoop.estimate_and_sample
@@ -152,6 +154,7 @@ def test_signals_are_collected_once_and_handlers_come_back():
     assert seen == [None]  # outside the main thread nothing is installed
 
 
+@pytest.mark.full
 def test_steps_that_do_not_divide_are_all_run_once(tiny_config, tmp_path):
     odd = ["--train.steps", "17", "--train.log_interval", "1", "--run.checkpoint_interval", "7"]
     assert jaxgpt.train(jaxgpt.load_config([*tiny_config, *odd])).step == 17
@@ -168,6 +171,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
     assert len(records(tmp_path / "run", "train")) == 8
 
 
+@pytest.mark.full
 def test_more_steps_continue_a_run_whose_schedule_is_given(tiny_config):
     argv = [*tiny_config, "--optim.decay_steps", "40"]
     jaxgpt.train(jaxgpt.load_config(argv))
@@ -202,25 +206,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tiny_config,
         chex.assert_tree_all_finite(params_of(tmp_path / "run", saved))
 
 
-def test_load_gives_the_best_step_and_any_other(tiny_config, tmp_path):
-    jaxgpt.train(jaxgpt.load_config(tiny_config))
-    losses = {e["step"]: e["val_loss"] for e in records(tmp_path / "run", "eval") if e["step"]}
-    run = jaxgpt.load(tmp_path / "run")
+def test_load_gives_the_best_step_and_any_other(trained):
+    losses = {e["step"]: e["val_loss"] for e in records(trained[0], "eval") if e["step"]}
+    run = jaxgpt.load(trained[0])
     assert run.step == min(losses, key=losses.get)
-    assert jaxgpt.load(tmp_path / "run", step=30).step == 30
+    assert jaxgpt.load(trained[0], step=30).step == 30
     tokens = run.tokenizer.encode("the king")[None]
     chex.assert_shape(run.model(tokens), (1, 8, run.tokenizer.vocab_size))
     assert step.evaluate(run.model, np.tile(tokens[0], 9)) > 0
 
 
 @pytest.mark.parametrize("damage", ["config.yaml", "tokenizer.json"])
-def test_a_directory_that_is_no_run_is_named(tiny_config, tmp_path, damage):
+def test_a_directory_that_is_no_run_is_named(trained_copy, damage):
     with pytest.raises(CheckpointError, match="not a run directory"):
-        jaxgpt.load(tmp_path)
-    jaxgpt.train(jaxgpt.load_config(tiny_config))
-    (tmp_path / "run" / damage).write_text("{")
+        jaxgpt.load(trained_copy.parent)
+    (trained_copy / damage).write_text("{")
     with pytest.raises(CheckpointError, match="damaged run directory"):
-        jaxgpt.load(tmp_path / "run")
+        jaxgpt.load(trained_copy)
 
 
 def test_a_vocabulary_other_than_the_text_s_is_refused(tiny_config):
@@ -228,6 +230,7 @@ def test_a_vocabulary_other_than_the_text_s_is_refused(tiny_config):
         jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.vocab_size", "99"]))
 
 
+@pytest.mark.full
 def test_a_run_on_an_object_store_leaves_everything_there_and_continues_from_it(tiny_config, tmp_path, monkeypatch):
     local = checkpoint.epath.Path  # gs://bucket lies in a folder here
 

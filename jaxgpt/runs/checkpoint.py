@@ -8,10 +8,10 @@ import os
 import pathlib
 import warnings
 from collections.abc import Set
+from functools import cached_property
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from jaxgpt.runs import manifest
@@ -33,10 +33,21 @@ class Checkpoints:
         remote = storage.is_remote(directory)
         self.directory = epath.Path(directory if remote else pathlib.Path(directory).absolute())
         self.keep = keep
-        self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._unfinished: concurrent.futures.Future | None = None
         self._verified: set[int] = set()
+
+    @cached_property
+    def _orbax(self):
+        import orbax.checkpoint as ocp  # here, since it takes half a second: whatever only asks for steps does without
+
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, oldest first."""
@@ -163,6 +174,8 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             return
+        import orbax.checkpoint as ocp
+
         with storage.failures(self.directory):
             if jax.process_index() == 0:
                 self._remove(step)  # what a killed save left
@@ -189,6 +202,8 @@ class Checkpoints:
                 )
         if jax.process_index() == 0 and (damage := self.find_damage(step)):
             raise CheckpointError(f"checkpoint {step} is damaged ({self.directory}, {damage}): use another step")
+        import orbax.checkpoint as ocp
+
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         request = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
@@ -215,8 +230,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._background.shutdown()
-            with contextlib.suppress(Exception):  # orbax repeats what `wait` has raised
-                self._orbax.close()
+            if "_orbax" in vars(self):
+                with contextlib.suppress(Exception):  # orbax repeats what `wait` has raised
+                    self._orbax.close()
 
     def _folders(self) -> list[int]:
         """The steps that have a folder, oldest first. A link is none: it may lead out of the run directory."""

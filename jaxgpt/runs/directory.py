@@ -75,18 +75,17 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
     """
     folder = files_of(run_dir)
     config, tokenizer = read_files(folder, str(run_dir))
-    checkpoints = Checkpoints(f"{run_dir}/{CHECKPOINTS}")
-    if step is None:
-        step = checkpoints.best_undamaged()
-    if step is None:
-        raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
-    facts = checkpoints.manifest(step)
-    _check_files(folder, config, facts)
-    model = abstract(config.model)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), params_of(model))
-    params = checkpoints.restore(step, {"params": like})["params"]
-    checkpoints.close()
+    with Checkpoints(f"{run_dir}/{CHECKPOINTS}") as checkpoints:
+        if step is None:
+            step = checkpoints.best_undamaged()
+        if step is None:
+            raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
+        facts = checkpoints.manifest(step)
+        _check_files(folder, config, facts)
+        model = abstract(config.model)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), params_of(model))
+        params = checkpoints.restore(step, {"params": shapes})["params"]
     return Run(folder, config, tokenizer, nnx.merge(nnx.graphdef(model), params), step, facts["corpus_sha256"])
 
 
@@ -146,6 +145,7 @@ class RunDirectory:
         self.config, self._tokenizer, self._corpus_sha256 = config, tokenizer, corpus_sha256
         self.checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
         self.folder = files_of(config.run.dir)
+        self._begun = False
         self.step = processes.from_first(self._step_to_continue_from)
         self.manifest = {} if self.step is None else self.checkpoints.manifest(self.step)
 
@@ -170,6 +170,7 @@ class RunDirectory:
                 storage.replace(self.folder / (TOKENIZER + ".tmp"), self.folder / TOKENIZER)
             storage.write(self.folder / CONFIG, configs.dump(self.config))
             self._publish()
+        self._begun = True
 
     def restore(self, shapes: TrainState) -> TrainState:
         """The state of `step`.
@@ -207,7 +208,7 @@ class RunDirectory:
         try:
             self.checkpoints.close()
         finally:
-            if processes.is_first():
+            if processes.is_first() and self._begun:
                 self._publish()
 
     def _publish(self) -> None:

@@ -12,7 +12,8 @@ from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.model import GPTConfig
 from jaxgpt.runs.directory import CHECKPOINTS, TOKENIZER, files_of, read_files
-from jaxgpt.step import TrainState, init_state
+from jaxgpt.init import state_of
+from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
 FREE = {"dropout", "embedding_dropout", "init", "attention", "remat", "block_size"}  # the weights do not decide these
@@ -64,10 +65,6 @@ def initial_state(config: Config, theirs: GPTConfig, tx: optax.GradientTransform
     Raises:
         CheckpointError: the weights cannot be read.
     """
-    checkpoints = Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}")
-    step = checkpoints.best_undamaged()
-    if step is None:
-        raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
 
     def described(path, a):
         positions = any(getattr(entry, "key", None) == "position_embedding_table" for entry in path)
@@ -75,11 +72,10 @@ def initial_state(config: Config, theirs: GPTConfig, tx: optax.GradientTransform
         return jax.ShapeDtypeStruct(shape, a.dtype, sharding=a.sharding)
 
     wanted = jax.tree_util.tree_map_with_path(described, like.params)
-    params = checkpoints.restore(step, {"params": wanted})["params"]
-    checkpoints.close()
-
-    def begin(params: dict[str, Any]) -> TrainState:
-        params = jax.tree.map(lambda p, a: p[: a.shape[0]] if a.ndim else p, params, like.params)
-        return init_state(params, tx)
-
-    return jax.jit(begin, out_shardings=jax.tree.map(lambda a: a.sharding, like))(params)
+    with Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}") as checkpoints:
+        step = checkpoints.best_undamaged()
+        if step is None:
+            raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
+        params = checkpoints.restore(step, {"params": wanted})["params"]
+    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], params, like.params)
+    return state_of(params, tx)

@@ -65,11 +65,10 @@ def replay(args: ReplayArgs) -> Finding:
         source = open_source(config.data)
         config = resolve(config, source.tokenizer.vocab_size)
         spec, shapes = specify(config, mesh)
-        checkpoints = Checkpoints(f"{args.run}/{CHECKPOINTS}")
-        start = _checkpoint_before(args, checkpoints, source)
         source.split(mesh, config.model.block_size)
-        state = TrainState(**checkpoints.restore(start, vars(shapes)))
-        checkpoints.close()
+        with Checkpoints(f"{args.run}/{CHECKPOINTS}") as checkpoints:
+            start = _checkpoint_before(args, checkpoints, source)
+            state = TrainState(**checkpoints.restore(start, vars(shapes)))
         key, rows = jax.random.key(config.seed), config.optim.grad_accumulation * config.data.batch_size
         for windows in source.feed(_calls_up_to(config, start, args.step - 1), config.seed, rows):
             state, _ = train_steps(state, windows, key, spec=spec)

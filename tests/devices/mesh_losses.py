@@ -40,7 +40,7 @@ def losses(sizes: list[int]) -> list[float]:
         tx = optimizer(OPTIM)
         spec = step.StepSpec(nnx.graphdef(model), tx, schedule(OPTIM), 2, jnp.dtype("float32"), 1, per_device)
         like = init.abstract_state(model, tx, mesh)
-        state = init.first_state(CONFIG, tx, 0, like)
+        state = init.first_state(CONFIG, tx, 0)
         key = step.stream_key(0, step.TRAIN)
         windows = data.windows(key, sharding.place(mesh, tokens), jnp.arange(30), 16, 16)
         state, metrics = step.train_steps(state, windows, jax.random.key(0), spec=spec)

@@ -24,6 +24,7 @@ def loss_and_gradient(config, tokens):
         return jax.jit(jax.value_and_grad(loss))(params)
 
 
+@pytest.mark.full
 def test_splash_attention_computes_what_the_lines_of_the_lecture_compute():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, 256)), jnp.int32)
     plain = loss_and_gradient(CONFIG, tokens)
@@ -52,6 +53,7 @@ def test_cudnn_attention_without_a_gpu_says_what_to_do():
         attention.causal(*jnp.zeros((3, 1, 1, 128, 64), jnp.bfloat16), "cudnn")
 
 
+@pytest.mark.full
 def test_attention_dropout_is_never_dropped_by_a_kernel():
     dropout = dataclasses.replace(CONFIG, dropout=0.5, attention="splash")
     model, x = GPT(dropout, rngs=nnx.Rngs(0)), jax.random.normal(jax.random.key(1), (1, 128, 128))

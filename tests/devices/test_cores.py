@@ -59,6 +59,7 @@ def test_copies_of_a_large_model_do_not_fill_the_memory():
     assert divide(MeshConfig(), wider, 64, 64).data == 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "environ, devices, data",
     [({}, cores.count(), 1), ({"JAX_NUM_CPU_DEVICES": "3"}, 3, -1),
@@ -86,6 +87,7 @@ def test_the_quota_of_a_container_counts(monkeypatch):
     assert cores.count() == 6
 
 
+@pytest.mark.full
 def test_the_mean_over_devices_is_that_of_the_whole_batch_and_one_all_reduce():
     code = """
 import json, jax, jax.numpy as jnp, numpy as np

@@ -43,6 +43,7 @@ def test_only_the_product_of_a_linear_layer_is_taken():
         dot_general(jnp.zeros((2, 3)), jnp.zeros((4, 3)), (((1,), (1,)), ((), ())))
 
 
+@pytest.mark.full
 def test_remat_of_all_but_the_matmuls_computes_none_of_them_again():
     def products(remat):
         config = GPTConfig(vocab_size=65, block_size=8, n_layer=2, n_head=2, n_embd=16, attention="xla", remat=remat)

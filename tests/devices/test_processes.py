@@ -64,6 +64,7 @@ def wait_for_checkpoint(folder, started):
     pytest.fail(f"no checkpoint: {finish(started, 20)}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["text", pytest.param("folder", marks=pytest.mark.long)])
 def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp_path, text_file, kind):
     if kind == "folder":
@@ -83,6 +84,7 @@ def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp
     chex.assert_trees_all_equal(*params)
 
 
+@pytest.mark.full
 def test_all_processes_know_that_the_run_directory_is_busy(tiny_config, tmp_path):
     with lock.hold_lock(tmp_path / "run", ""):
         codes, outputs = finish(start(tiny_config, processes=2), 60)
@@ -100,6 +102,7 @@ def test_all_processes_know_that_a_checkpoint_is_damaged(tiny_config, tmp_path):
     assert "set aside as 40.corrupt" in outputs[0] and checkpoints_of(tmp_path / "run")[-1] == 40
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_process_is_killed_the_other_leaves_with_8_and_the_checkpoint_is_good(tiny_config, tmp_path, victim):
     endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
@@ -118,6 +121,7 @@ def test_when_one_process_is_killed_the_other_leaves_with_8_and_the_checkpoint_i
     assert jaxgpt.load(tmp_path / "run", last).step == last
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_one_process_saves_and_stops_all(tiny_config, tmp_path, number, code):
     endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
@@ -136,6 +140,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(tiny_config, tmp_path, numb
     assert stopped == {max(checkpoints_of(tmp_path / "run"))}
 
 
+@pytest.mark.full
 def test_a_process_number_that_cannot_be_is_refused(tiny_config):
     lonely = ["--distributed.coordinator_address", "127.0.0.1:9", "--distributed.num_processes", "2"]
     codes, outputs = finish(start([*tiny_config, *lonely, "--distributed.process_id", "5"]), 30)

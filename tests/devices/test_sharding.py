@@ -31,6 +31,7 @@ def on_eight_devices(command, timeout=900):
     return done
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "meshes, head, dropout",
     [
@@ -50,6 +51,7 @@ def test_losses_are_the_same_on_every_mesh(meshes, head, dropout):
         np.testing.assert_allclose(found[name], found["1,1,1"], rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.full
 def test_a_run_moves_from_mesh_to_mesh(tiny_config, tmp_path):
     flags = ["--config", "configs/shakespeare_cpu.yaml", *tiny_config, "--model.dropout", "0"]
     for steps, (data, fsdp, tensor) in {"20": "122", "40": "211"}.items():
@@ -137,6 +139,7 @@ def test_vocabularies_are_padded_for_mesh_and_tiles(size, tensor, rows):
     assert sharding.padded(size, tensor) == rows
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lm_head", ["tied", "linear"])
 def test_padding_is_never_seen_and_changes_nothing(lm_head):
     model_config = GPTConfig(vocab_size=1030, block_size=8, n_layer=1, n_head=2, n_embd=16, lm_head=lm_head)
@@ -157,6 +160,7 @@ def test_padding_is_never_seen_and_changes_nothing(lm_head):
     chex.assert_trees_all_close(plain, padded, rtol=1e-5, atol=1e-7)  # float32 in another order
 
 
+@pytest.mark.full
 def test_a_checkpoint_has_the_shapes_of_the_model_on_any_mesh(tiny_config, tmp_path):
     training.train(config.load_config(tiny_config))
     manifest = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").manifest(40)

@@ -54,6 +54,7 @@ def on_a_small_disk(tmp_path, options, command, meanwhile=":"):
     return done, errors[0]
 
 
+@pytest.mark.full
 @needs_mount
 def test_a_disk_that_fills_during_a_run_is_exit_7_and_the_earlier_steps_continue(command, tmp_path):
     run = tmp_path / "disk" / "run"
@@ -70,6 +71,7 @@ def test_a_disk_that_fills_during_a_run_is_exit_7_and_the_earlier_steps_continue
     assert jaxgpt.train(jaxgpt.load_config(argv)).step == steps[-1] + 10  # the same command where there is room
 
 
+@pytest.mark.full
 @needs_mount
 def test_a_disk_without_room_is_found_before_compiling(command, tmp_path):
     done, error = on_a_small_disk(tmp_path, "size=150k", command)
@@ -77,6 +79,7 @@ def test_a_disk_without_room_is_found_before_compiling(command, tmp_path):
     assert "compile" not in done.stdout and not (tmp_path / "kept" / "run").exists()
 
 
+@pytest.mark.full
 @needs_mount
 def test_a_read_only_disk_is_found_before_compiling(command, tmp_path):
     done, error = on_a_small_disk(tmp_path, "ro", command)
@@ -84,6 +87,7 @@ def test_a_read_only_disk_is_found_before_compiling(command, tmp_path):
     assert "compile" not in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_a_write_that_the_kernel_refuses_is_exit_7_and_the_step_does_not_count(command, tmp_path):
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))"

@@ -37,6 +37,7 @@ def run_export(tmp_path, *flags):
     return cli.main(["export", "--run", str(tmp_path / "run"), "--to", str(tmp_path / "out"), *flags])
 
 
+@pytest.mark.full
 def test_stablehlo_runs_without_our_package_on_any_batch_and_length(tmp_path):
     make_run(tmp_path / "run", ALPHABET, bias="no_qkv", lm_head="linear")
     assert run_export(tmp_path, "--format", "stablehlo") == 0

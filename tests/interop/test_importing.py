@@ -166,6 +166,7 @@ def gpt2_run(hf, tmp_path, text):
     return tmp_path / "run"
 
 
+@pytest.mark.full
 def test_an_imported_run_is_sampled_evaluated_and_trained_on(gpt2_run, text_file, tmp_path, capsys):
     assert cli.main(["sample", "--run", str(gpt2_run), "--prompt", "the", "--max_new_tokens", "5"]) == 0
     capsys.readouterr()
@@ -241,6 +242,7 @@ sys.exit(cli.main())
 """
 
 
+@pytest.mark.full
 def test_importing_needs_no_torch(hf, tmp_path):
     folder, _ = hf()
     done = subprocess.run(

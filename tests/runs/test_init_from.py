@@ -57,6 +57,7 @@ def test_the_model_and_the_tokenizer_are_the_other_run_s_and_the_recipe_wins_whe
     assert jaxgpt.load_config([*flags, "--model.dropout", "0.3"]).model.dropout == 0.3
 
 
+@pytest.mark.full
 def test_a_run_starts_with_the_other_s_weights_at_step_0_of_its_own_schedule(start, flags, tmp_path, capsys):
     run = jaxgpt.train(jaxgpt.load_config(flags))
     assert f"new, from the weights of {tmp_path / 'start'}" in capsys.readouterr().out
@@ -72,6 +73,7 @@ def test_a_run_starts_with_the_other_s_weights_at_step_0_of_its_own_schedule(sta
     assert records(tmp_path / "run", "final")[0]["val_loss"] < whole
 
 
+@pytest.mark.full
 def test_the_optimizer_is_new(start, flags, tmp_path):
     jaxgpt.train(jaxgpt.load_config([*flags, "--train.log_interval", "1"]))
     rates = [record["learning_rate"] for record in records(tmp_path / "run", "train")]
@@ -80,6 +82,7 @@ def test_the_optimizer_is_new(start, flags, tmp_path):
     )  # the first steps of the recipe's warm-up
 
 
+@pytest.mark.full
 def test_a_run_needs_the_other_only_to_start(start, flags, tmp_path):
     whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
     jaxgpt.train(jaxgpt.load_config([*flags, "--train.steps", "3", "--optim.decay_steps", "6"]))
@@ -94,6 +97,7 @@ def test_a_run_needs_the_other_only_to_start(start, flags, tmp_path):
     chex.assert_trees_all_equal(*(nnx.state(each.model) for each in (run, whole)))
 
 
+@pytest.mark.full
 def test_a_shorter_context_takes_the_first_positions(start, flags, tmp_path):
     run = jaxgpt.train(jaxgpt.load_config([*flags, "--model.block_size", "16"]))
     found = nnx.to_pure_dict(nnx.state(jaxgpt.load(tmp_path / "run", 0).model))
@@ -141,10 +145,13 @@ def test_weights_land_in_the_places_of_a_mesh(start, flags, axis):
         spec, shapes = specify(config, mesh)
         moved = init_from.initial_state(config, init_from.check(config, tokenizer), spec.tx, shapes).params
     assert moved["blocks"][0]["mlp"]["fc"]["kernel"].sharding.shard_shape((32, 128)) != (32, 128)
-    assert jax.tree.map(lambda a: a.sharding, moved) == sharding.shardings(mesh, moved)
+    places = sharding.shardings(mesh, moved)
+    same = jax.tree.map(lambda a, place: a.sharding.is_equivalent_to(place, a.ndim), moved, places)
+    assert all(jax.tree.leaves(same))
     chex.assert_trees_all_equal(jax.device_get(moved), start)
 
 
+@pytest.mark.full
 def test_bits_per_byte_count_bytes_of_the_same_text_whatever_the_tokenizer(tmp_path, text, text_file, capsys):
     (tmp_path / "text.txt").write_text(text + "é", encoding="utf-8")
     tokenizers = {"char": CharTokenizer.from_text(text + "é"), "bpe": BPETokenizer.train([text], 300)}

@@ -16,9 +16,6 @@ from jaxgpt import cli
 from jaxgpt.runs import manifest
 from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
 
-FLAGS = """--model.block_size 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --data.batch_size 4
---train.eval_batches 1 --train.eval_interval 40 --train.steps 40 --run.checkpoint_interval 10"""
-
 DAMAGES = {
     "halved": lambda data: data[: len(data) // 2],
     "emptied": lambda data: b"",
@@ -26,23 +23,6 @@ DAMAGES = {
     "deleted": lambda data: None,
     "grown": lambda data: data + b"\n",
 }
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, text):
-    """A finished run with checkpoints 30 and 40."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "my.txt").write_text(text, encoding="utf-8")
-    (folder / "recipe.yaml").write_text("")
-    argv = ["--config", str(folder / "recipe.yaml"), "--data.path", str(folder / "my.txt"), *FLAGS.split()]
-    jaxgpt.train(jaxgpt.load_config([*argv, "--run.dir", str(folder / "run")]))
-    return folder / "run", argv
-
-
-@pytest.fixture
-def run_dir(trained, tmp_path):
-    """A copy of it, to damage."""
-    return pathlib.Path(shutil.copytree(trained[0], tmp_path / "run"))
 
 
 def put(path, data):
@@ -53,14 +33,14 @@ def put(path, data):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damage_of_any_file_of_a_checkpoint_is_found(run_dir, damage):
-    files = sorted(path for path in (run_dir / "checkpoints" / "40").rglob("*") if path.is_file())
+def test_a_damage_of_any_file_of_a_checkpoint_is_found(trained_copy, damage):
+    files = sorted(path for path in (trained_copy / "checkpoints" / "40").rglob("*") if path.is_file())
     assert len(files) > 8 and {"manifest.json", "manifest.ocdbt", "_METADATA"} <= {path.name for path in files}
     for path in files:
-        checkpoints, data = Checkpoints(run_dir / "checkpoints"), path.read_bytes()
+        checkpoints, data = Checkpoints(trained_copy / "checkpoints"), path.read_bytes()
         assert checkpoints.find_damage(40) is None
         put(path, DAMAGES[damage](data))
-        found = Checkpoints(run_dir / "checkpoints").find_damage(40)
+        found = Checkpoints(trained_copy / "checkpoints").find_damage(40)
         assert found is not None and path.name in found, path
         put(path, data)
 
@@ -76,8 +56,8 @@ def test_a_changed_byte_anywhere_in_a_manifest_is_found(trained, tmp_path):
     assert manifest.read(folder)["step"] == 40
 
 
-def test_a_file_too_many_is_named_and_a_hidden_one_is_not_minded(run_dir):
-    folder = run_dir / "checkpoints" / "40"
+def test_a_file_too_many_is_named_and_a_hidden_one_is_not_minded(trained_copy):
+    folder = trained_copy / "checkpoints" / "40"
     (folder / "state" / ".DS_Store").write_bytes(b"\0")
     manifest.verify(epath.Path(folder))
     (folder / "state" / "more").write_bytes(b"\0")
@@ -85,13 +65,13 @@ def test_a_file_too_many_is_named_and_a_hidden_one_is_not_minded(run_dir):
         manifest.verify(epath.Path(folder))
 
 
-def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(run_dir, monkeypatch):
+def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(trained_copy, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(type(epath.Path(run_dir)), "open", refuse)
+    monkeypatch.setattr(type(epath.Path(trained_copy)), "open", refuse)
     with pytest.raises(PermissionError):
-        manifest.verify(epath.Path(run_dir / "checkpoints" / "40"))
+        manifest.verify(epath.Path(trained_copy / "checkpoints" / "40"))
 
 
 def test_the_manifest_says_what_the_checkpoint_was_made_with(trained):
@@ -101,35 +81,36 @@ def test_the_manifest_says_what_the_checkpoint_was_made_with(trained):
     assert facts["circumstances"]["threads"] >= 1 and "jaxlib" in facts["circumstances"]["versions"]
 
 
-def test_a_run_goes_back_to_the_newest_undamaged_checkpoint_and_ends_in_the_same_bits(trained, run_dir):
-    array = max((run_dir / "checkpoints" / "40").rglob("*"), key=lambda path: path.stat().st_size)
+def test_a_run_goes_back_to_the_newest_undamaged_checkpoint_and_ends_in_the_same_bits(trained, trained_copy):
+    array = max((trained_copy / "checkpoints" / "40").rglob("*"), key=lambda path: path.stat().st_size)
     put(array, DAMAGES["flipped"](array.read_bytes()))
-    config = jaxgpt.load_config([*trained[1], "--run.dir", str(run_dir)])
+    config = jaxgpt.load_config([*trained[1], "--run.dir", str(trained_copy)])
     with pytest.warns(CheckpointWarning, match="checkpoint 40 is damaged"):
         again = jaxgpt.train(config)
-    assert (run_dir / "checkpoints" / "40.corrupt").is_dir()
+    assert (trained_copy / "checkpoints" / "40.corrupt").is_dir()
     chex.assert_trees_all_equal(
         *(nnx.to_pure_dict(nnx.state(run.model)) for run in (again, jaxgpt.load(trained[0], 40)))
     )
 
 
-def test_a_run_with_nothing_but_damaged_checkpoints_ends_with_4_each_time(trained, run_dir, capsys):
-    for path in (run_dir / "checkpoints").rglob("_METADATA"):
+def test_a_run_with_nothing_but_damaged_checkpoints_ends_with_4_each_time(trained, trained_copy, capsys):
+    for path in (trained_copy / "checkpoints").rglob("_METADATA"):
         path.write_bytes(b"")
-    before = (run_dir / "metrics.jsonl").read_bytes()
+    before = (trained_copy / "metrics.jsonl").read_bytes()
     for _ in range(2):
         with pytest.warns(CheckpointWarning) if _ == 0 else pytest.MonkeyPatch.context():
-            assert cli.main(["train", *trained[1], "--run.dir", str(run_dir)]) == 4
+            assert cli.main(["train", *trained[1], "--run.dir", str(trained_copy)]) == 4
         error = capsys.readouterr().err
         assert error.count("jaxgpt: error: ") == 1 and "30.corrupt, 40.corrupt" in error
     with pytest.MonkeyPatch.context():
-        assert cli.main(["sample", "--run", str(run_dir)]) == 4
-    assert (run_dir / "metrics.jsonl").read_bytes() == before
+        assert cli.main(["sample", "--run", str(trained_copy)]) == 4
+    assert (trained_copy / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_warning_is_one_line_on_stderr(run_dir):
-    put(run_dir / "checkpoints" / "40" / "state" / "_METADATA", b"")
-    done = subprocess.run([sys.executable, "-m", "jaxgpt", "sample", "--run", str(run_dir), "--max_new_tokens", "9"],
+@pytest.mark.full
+def test_a_warning_is_one_line_on_stderr(trained_copy):
+    put(trained_copy / "checkpoints" / "40" / "state" / "_METADATA", b"")
+    done = subprocess.run([sys.executable, "-m", "jaxgpt", "sample", "--run", str(trained_copy), "--max_new_tokens", "9"],
                           capture_output=True, text=True)  # fmt: skip
     lines = done.stderr.splitlines()
     assert done.returncode == 0 and len(lines) == 2, lines
@@ -139,27 +120,27 @@ def test_a_warning_is_one_line_on_stderr(run_dir):
 @pytest.mark.parametrize(
     ("name", "old", "new"), [("config.yaml", "activation: relu", "activation: gelu"), ("tokenizer.json", "de", "ed")]
 )
-def test_small_files_that_are_not_the_checkpoint_s_are_refused(trained, run_dir, capsys, name, old, new):
-    text = (run_dir / name).read_text()
+def test_small_files_that_are_not_the_checkpoint_s_are_refused(trained, trained_copy, capsys, name, old, new):
+    text = (trained_copy / name).read_text()
     assert old in text
-    (run_dir / name).write_text(text.replace(old, new))
-    assert cli.main(["sample", "--run", str(run_dir)]) == 4
+    (trained_copy / name).write_text(text.replace(old, new))
+    assert cli.main(["sample", "--run", str(trained_copy)]) == 4
     assert "was changed since checkpoint 40" in capsys.readouterr().err
-    assert cli.main(["train", *trained[1], "--run.dir", str(run_dir)]) in (4, 6)  # 6 names the field
-    assert (run_dir / name).read_text() == text.replace(old, new)
+    assert cli.main(["train", *trained[1], "--run.dir", str(trained_copy)]) in (4, 6)  # 6 names the field
+    assert (trained_copy / name).read_text() == text.replace(old, new)
 
 
-def test_another_configuration_is_named_from_the_manifest_where_config_yaml_is_gone(trained, run_dir, capsys):
-    (run_dir / "config.yaml").unlink()
-    argv = ["train", *trained[1], "--run.dir", str(run_dir)]
+def test_another_configuration_is_named_from_the_manifest_where_config_yaml_is_gone(trained, trained_copy, capsys):
+    (trained_copy / "config.yaml").unlink()
+    argv = ["train", *trained[1], "--run.dir", str(trained_copy)]
     assert cli.main([*argv, "--model.activation", "gelu", "--train.dtype", "bfloat16"]) == 6
     error = capsys.readouterr().err
     assert "train.dtype (was float32, now bfloat16)" in error and "\n" not in error.strip()
 
 
-def test_another_text_is_refused_with_both_hashes(trained, run_dir, capsys, text):
-    was, file = Checkpoints(run_dir / "checkpoints").manifest(40)["corpus_sha256"], trained[0].parent / "my.txt"
-    for command, code in (["train", *trained[1], "--run.dir", str(run_dir)], 6), (["eval", "--run", str(run_dir)], 3):
+def test_another_text_is_refused_with_both_hashes(trained, trained_copy, capsys, text):
+    was, file = Checkpoints(trained_copy / "checkpoints").manifest(40)["corpus_sha256"], trained[0].parent / "my.txt"
+    for command, code in (["train", *trained[1], "--run.dir", str(trained_copy)], 6), (["eval", "--run", str(trained_copy)], 3):
         file.write_text(text[:-1], encoding="utf-8")
         try:
             assert cli.main(command) == code
@@ -169,8 +150,8 @@ def test_another_text_is_refused_with_both_hashes(trained, run_dir, capsys, text
         assert was in error and hashlib.sha256(text[:-1].encode()).hexdigest() in error
 
 
-def test_another_number_of_threads_or_version_continues_and_says_so(trained, run_dir, monkeypatch):
+def test_another_number_of_threads_or_version_continues_and_says_so(trained, trained_copy, monkeypatch):
     monkeypatch.setenv("NPROC", "77")
-    config = jaxgpt.load_config([*trained[1], "--run.dir", str(run_dir)])
+    config = jaxgpt.load_config([*trained[1], "--run.dir", str(trained_copy)])
     with pytest.warns(CheckpointWarning, match=r"last bits may differ .*threads was \d+, now 77"):
         jaxgpt.train(config)

@@ -57,6 +57,7 @@ def test_a_text_becomes_the_tokens_of_the_whole_and_an_end(play, gpt2, tmp_path,
     assert tokens[-1] == gpt2.end_of_text and tokens.dtype == np.uint16 and ends.tolist() == [len(tokens)]
 
 
+@pytest.mark.full
 def test_the_number_of_processes_and_the_size_of_the_pieces_change_nothing(play, tmp_path, monkeypatch):
     one = made(PrepareArgs(str(play), str(tmp_path / "one"), workers=1))
     monkeypatch.setattr(documents, "PIECE_BYTES", 100_000)
@@ -102,6 +103,7 @@ def test_characters_have_no_end_and_the_alphabet_of_the_input(tmp_path):
     assert ends.tolist() == [9, 12]
 
 
+@pytest.mark.full
 def test_bpe_is_trained_on_the_input_and_serves_other_inputs(play, tmp_path):
     out, tokens, _ = made(PrepareArgs(str(play), str(tmp_path / "out"), "bpe", 1000))
     tokenizer = tokenizers.load(out / "tokenizer.json")
@@ -113,6 +115,7 @@ def test_bpe_is_trained_on_the_input_and_serves_other_inputs(play, tmp_path):
     assert len(token_folder.parse_sources(f"{out}=1,{other}=2").spans) == 2
 
 
+@pytest.mark.full
 def test_a_sample_of_a_long_input_is_taken_from_all_over_it(tmp_path, monkeypatch):
     lines = [f"{'abcdefghij'[i // 100]}{i} " for i in range(1000)]
     (tmp_path / "a.txt").write_text("".join(lines))
@@ -151,6 +154,7 @@ def whole(play, tmp_path_factory):
         return contents(made(PrepareArgs(str(play), str(tmp_path_factory.mktemp("whole") / "out"), workers=1))[0])
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize("number, workers, code", [("SIGKILL", 2, -9), ("SIGTERM", 2, 75), ("SIGINT", 1, 130)])
 def test_a_command_that_was_stopped_carries_on_to_the_same_files(play, whole, tmp_path, number, workers, code):

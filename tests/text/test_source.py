@@ -40,6 +40,7 @@ def opened(path):
     return found
 
 
+@pytest.mark.full
 def test_a_run_learns_from_a_folder_and_evaluates_the_whole_split(flags, tmp_path, capsys):
     more = ["--train.steps", "150", "--train.eval_batches", "10", "--optim.learning_rate", "1e-2"]
     run = jaxgpt.train(jaxgpt.load_config([*flags, *more]))
@@ -59,6 +60,7 @@ def test_a_run_learns_from_a_folder_and_evaluates_the_whole_split(flags, tmp_pat
     assert capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_an_interrupted_run_on_a_folder_ends_in_the_bits_of_an_uninterrupted_one(flags, tmp_path, monkeypatch):
     from jaxgpt import loop
 
@@ -117,6 +119,7 @@ def test_a_mixture_of_folders_has_one_fingerprint_that_its_weights_decide(folder
     assert opened(folder).sha256 == json.loads((folder / "dataset.json").read_text())["sha256"]
 
 
+@pytest.mark.full
 def test_another_folder_is_refused_on_evaluation(flags, folder, capsys):
     run = jaxgpt.train(jaxgpt.load_config(flags))
     dataset = json.loads((folder / "dataset.json").read_text())

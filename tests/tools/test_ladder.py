@@ -20,6 +20,7 @@ def test_the_table_gives_mean_and_range_beside_the_lecture():
     assert lines[2:] == ["| one_head | 2.4 | 2.400 (2.300 to 2.500, 2 seeds) |", "| positions |  | 2.510 |"]
 
 
+@pytest.mark.full
 def test_the_ladder_trains_each_rung_once_and_draws_them_with_the_count_tables(
     text_file, tmp_path, capsys, monkeypatch
 ):

@@ -128,6 +128,7 @@ def test_shakespeare_grows_more_certain_with_each_character_of_context(splits):
     np.testing.assert_allclose(losses, [3.347, 2.484, 2.046], atol=0.005)
 
 
+@pytest.mark.full
 def test_a_bigram_model_learns_the_count_table(splits):
     config = GPTConfig(
         vocab_size=65, block_size=8, n_layer=0, n_embd=0, positions="none", lm_head="none", mlp_ratio=0,
@@ -152,6 +153,7 @@ def test_knowing_the_position_too_saves_no_more_than_chance_on_shakespeare(split
     assert 0 < saved < 1.1 * freedom / (2 * len(tokens))
 
 
+@pytest.mark.full
 def test_positions_without_attention_do_not_beat_the_count_table_of_position_and_token():
     """On a text where each token mostly repeats the one two before it, which one token of context cannot tell."""
     rng = np.random.default_rng(0)

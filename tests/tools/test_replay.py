@@ -19,6 +19,7 @@ def recorded(run_dir):
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("accumulation", [2])
 def test_a_repeated_step_has_the_loss_that_training_recorded(tiny_config, tmp_path, accumulation):
     flags = ["--optim.grad_accumulation", str(accumulation)]
@@ -31,6 +32,7 @@ def test_a_repeated_step_has_the_loss_that_training_recorded(tiny_config, tmp_pa
     assert losses[35] != losses[40]
 
 
+@pytest.mark.full
 def test_the_first_tensor_that_is_not_finite_is_named(tiny_config, tmp_path, capsys):
     run = tmp_path / "run"
     jaxgpt.train(jaxgpt.load_config([*tiny_config, "--model.n_layer", "2"]))
@@ -53,6 +55,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(tiny_config, tmp_path, cap
     assert "not finite: parameter blocks.1.mlp.fc.kernel (1 NaN and 1 infinite" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_run_that_stopped_says_how_to_find_the_cause_and_that_finds_it(tiny_config, tmp_path):
     flags = ["--optim.learning_rate", "1e30", "--optim.grad_clip", "0", "--run.checkpoint_interval", "1"]
     with jax.debug_nans(False):
