@@ -94,6 +94,22 @@ def test_manifests(content, at, patch):
             manifest.verify(folder)
 
 
+@settings(max_examples=200, deadline=None)
+@given(trees | st.dictionaries(st.sampled_from(["array", "../secret", "/dev/null", ""]), trees), trees)
+@example({"array": {"size": 5, "sha256": 7}}, 1)
+@example({"array": {"size": "5"}}, None)
+def test_a_sealed_manifest_of_any_content_is_damage_or_another_format(files, form):
+    """Whoever can write a manifest can seal it: nothing in it is trusted for having the right sha256."""
+    folder = epath.Path(FOLDER.name) / "sealed"
+    folder.mkdir(exist_ok=True)
+    (folder / "array").write_bytes(b"12345")
+    content = json.loads(json.dumps({"format": form, "step": 3, "files": files}))  # NaN is NaN in JSON too
+    for each in (content, content | {"format": manifest.FORMAT}):
+        (folder / manifest.MANIFEST).write_text(manifest._sealed(each))
+        with pytest.raises((manifest.DamagedError, manifest.OtherFormatError)):
+            manifest.verify(folder)
+
+
 EMPTY = {"size": 0, "sha256": hashlib.sha256().hexdigest()}
 
 

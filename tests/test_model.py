@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from jaxgpt import load_config
-from jaxgpt.model import GPT, Cache, GPTConfig
+from jaxgpt.model import ACTIVATIONS, GPT, Cache, GPTConfig
 from jaxgpt.step import token_losses
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -120,6 +120,27 @@ def test_tokens_fed_one_by_one_through_the_cache_give_the_same_logits():
         np.testing.assert_allclose(model.logits(x)[:, 0], model(tokens)[:, t], atol=2e-6)
     chex.assert_shape(cache.layers[0][0], (6, 8, 8))
     assert int(cache.length) == 8
+
+
+@pytest.mark.parametrize(
+    "name, definition",
+    [
+        ("relu", lambda x: max(x, 0.0)),
+        ("gelu", lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2)))),  # Hendrycks and Gimpel 2016, section 2
+        ("gelu_tanh", lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ],
+)
+def test_activations_are_their_definitions(name, definition):
+    x = np.linspace(-4, 4, 81)  # the two forms of GELU differ by up to 5e-4
+    np.testing.assert_allclose(ACTIVATIONS[name](jnp.asarray(x, jnp.float32)), list(map(definition, x)), atol=2e-6)
+
+
+@pytest.mark.parametrize("on_embeddings", [False, True])
+def test_embeddings_are_dropped_only_where_the_configuration_says_so(on_embeddings):
+    sizes = {"vocab_size": 65, "block_size": 8, "n_layer": 0, "n_embd": 16, "norm": "none"}
+    model = GPT(GPTConfig(**sizes, dropout=0.5, embedding_dropout=on_embeddings), rngs=nnx.Rngs(0))
+    x, _ = model.hidden(jnp.arange(8)[None], rngs=nnx.Rngs(dropout=1))
+    assert (np.asarray(x) == 0).any() == on_embeddings
 
 
 def test_dropout_acts_only_with_rngs_and_by_their_key():

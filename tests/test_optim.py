@@ -58,6 +58,22 @@ def test_only_matrices_and_tables_are_decayed():
         np.testing.assert_allclose(after[name], expected, rtol=1e-6)
 
 
+def test_updates_are_those_of_adamw_s_definition():
+    """Loshchilov and Hutter 2019, algorithm 2, as a NumPy loop in float64."""
+    rate, decay, beta1, beta2, epsilon = 1e-2, 0.3, 0.8, 0.95, 1e-8
+    settings = OptimConfig(rate, rate, 0, 10, weight_decay=decay, beta1=beta1, beta2=beta2, grad_clip=0)
+    tx, p = optim.optimizer(settings), np.array([[1.0, -2.0]])
+    params, m, v = {"kernel": jnp.asarray(p, jnp.float32)}, 0.0, 0.0
+    state = tx.init(params)
+    for t, g in enumerate(np.array([[[0.5, -1.0]], [[-0.25, 3.0]], [[2.0, 0.1]]]), 1):
+        updates, state = tx.update({"kernel": jnp.asarray(g, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        step = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + epsilon)
+        p = p - rate * (step + decay * p)
+        np.testing.assert_allclose(params["kernel"], p, rtol=1e-5)  # float32 against float64
+
+
 @pytest.mark.parametrize("clip, expected", [(1.0, [0.6, 0.8]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])])
 def test_gradients_are_clipped_to_their_global_norm(clip, expected):
     tx = optim.optimizer(OptimConfig(grad_clip=clip, beta1=0.5, warmup_steps=0, decay_steps=10))

@@ -215,12 +215,16 @@ def for_compute(params: dict[str, Any]) -> dict[str, Any]:
             return jax.lax.with_sharding_constraint(leaf, P())
         if (axis := axes.get(name)) is None:
             return leaf
-        if leaf.ndim == 2:  # gather along fsdp first: in one move, the partitioner would gather everything
-            leaf = jax.lax.with_sharding_constraint(leaf, P(*("tensor" if i != axis else None for i in range(2))))
         widths = [(0, 0)] * leaf.ndim
         widths[axis] = (0, padded(leaf.shape[axis], mesh.shape["tensor"]) - leaf.shape[axis])
         spec = P(*("tensor" if i == axis else None for i in range(leaf.ndim)))
-        return jax.lax.with_sharding_constraint(jnp.pad(leaf, widths), spec)
+        if leaf.ndim == 1:
+            return jax.lax.with_sharding_constraint(jnp.pad(leaf, widths), spec)
+        # Gather along fsdp, pad, and only then exchange channels for ids: for one larger move, or a move of a number of
+        # ids that the devices do not divide, the partitioner would gather everything.
+        channels = P(*("tensor" if i != axis else None for i in range(2)))
+        leaf = jnp.pad(jax.lax.with_sharding_constraint(leaf, channels), widths)
+        return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(leaf, channels), spec)
 
     return jax.tree_util.tree_map_with_path(lay_out, params)
 

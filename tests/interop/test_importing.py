@@ -57,6 +57,13 @@ def hf(tmp_path):
     return write
 
 
+@pytest.mark.parametrize(
+    "theirs, ours", [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu"), ("relu", "relu")]
+)
+def test_an_activation_is_read_as_what_transformers_computes(theirs, ours):
+    assert gpt2.to_config(CONFIG | {"activation_function": theirs}, 7).activation == ours
+
+
 def run_import(folder, tmp_path, *flags):
     return cli.main(["import", "--from", str(folder), "--run", str(tmp_path / "run"), *flags])
 

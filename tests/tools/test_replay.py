@@ -67,10 +67,20 @@ def test_a_run_that_stopped_says_how_to_find_the_cause_and_that_finds_it(tiny_co
     assert not np.isfinite(found.loss)
 
 
-@pytest.mark.parametrize("step, error", [(0, ConfigError), (41, ConfigError), (10, CheckpointError)])
-def test_steps_that_cannot_be_repeated_are_refused(tiny_config, tmp_path, step, error):
-    jaxgpt.train(jaxgpt.load_config(tiny_config))
-    with pytest.raises(error, match="step"):
-        replay.replay(ReplayArgs(str(tmp_path / "run"), step))
+@pytest.mark.parametrize(
+    "step, error, says",
+    [
+        (0, ConfigError, r"no such step \(--step, 0\): use 1 to 40"),
+        (41, ConfigError, r"no such step \(--step, 41\): use 1 to 40"),
+        (10, CheckpointError, "no checkpoint before step 10"),  # 30 and 40 are kept
+        (30, CheckpointError, "no checkpoint before step 30"),  # its own is of after it
+    ],
+)
+def test_steps_that_cannot_be_repeated_are_refused(trained, step, error, says):
+    with pytest.raises(error, match=says):
+        replay.replay(ReplayArgs(str(trained[0]), step))
+
+
+def test_a_folder_that_is_no_run_cannot_be_replayed(tmp_path):
     with pytest.raises(CheckpointError, match="not a run directory"):
         replay.replay(ReplayArgs(str(tmp_path), 5))
