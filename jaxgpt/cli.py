@@ -65,19 +65,22 @@ def plan_run(argv: Sequence[str]) -> None:
 
 def _need_recipe(argv: Sequence[str]) -> None:
     if not any(word.split("=")[0] == "--config" for word in argv):
-        print(recipes())
+        print(_list_of_recipes())
         raise ConfigError("no recipe (--config): choose one of those above")
 
 
-def recipes() -> str:
-    """The config files below the working directory's configs/, each with the first line of its comment."""
-    files = sorted(pathlib.Path("configs").rglob("*.yaml"))
-    width = max((len(str(file)) for file in files), default=0)
-    lines = [
-        f"  --config {file!s:{width}}  {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}"
-        for file in files
-    ]
-    return "\n".join(lines) or "  (there is no configs/ folder here: change to a clone of the repository)"
+def _list_of_recipes() -> str:
+    """The recipes that ship with the package, and the YAML files below configs/ here, with the first line of each."""
+    from jaxgpt.config import recipes
+
+    by_path = {str(file): file for file in sorted(pathlib.Path("configs").rglob("*.yaml"))}
+    lines = []
+    for title, files in (("by name:", recipes()), ("by path:", by_path)):
+        width = max(map(len, files), default=0)
+        opening = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in files.items()}
+        lines += [title] * bool(files)
+        lines += [f"  --config {name:{width}}  {line.lstrip('# ')}" for name, line in opening.items()]
+    return "\n".join(lines)
 
 
 def sample(argv: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
-"""The configuration: sections of frozen dataclasses, from YAML files and command-line flags.
+"""The configuration: sections of frozen dataclasses, filled from recipes and command-line flags.
 
-A YAML file is turned into the same flags as the command line, so both meet the same checks.
+A recipe, which is a YAML file, becomes the same flags as the command line, so both get the same checks.
 """
 
 import dataclasses
+import difflib
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -22,26 +23,26 @@ from jaxgpt.optim import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long to train, and how often to look."""
+    """Length of training, intervals of evaluation and logging, and speed and memory settings."""
 
     steps: int = 2000
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     eval_interval: int = 250
-    """Steps between evaluations, each with a sample."""
+    """Steps between loss estimates, each with a text sample."""
     eval_batches: int = 20
-    """Random batches of each split that an evaluation during training averages."""
+    """Random batches per split in each loss estimate during training."""
     log_interval: int = 10
-    """Steps between lines of progress and records in metrics.jsonl."""
+    """Steps between progress lines, and between train records in metrics.jsonl."""
     steps_per_call: int = 10
-    """Steps compiled into one call; more is faster where steps are short."""
+    """Steps per compiled call; more is faster when steps are short."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type to compute in; auto = float32 on a CPU, bfloat16 on GPU and TPU. Parameters stay float32."""
+    """Compute dtype; auto = float32 on CPU, bfloat16 on GPU and TPU. Parameters stay float32."""
     loss_chunks: int = 1
-    """Pieces of the windows in which head and loss are computed, a divisor of block_size; more = less memory."""
+    """Pieces in which the logits and losses of a window are computed, a divisor of block_size; more = less memory."""
     profile: str | None = None
-    """Folder for a trace of the second to fourth call of steps_per_call steps, which xprof opens."""
+    """Folder for an xprof trace of the second to fourth compiled call (of steps_per_call steps)."""
     patience: int = 0
-    """Evaluations in a row without a lower validation loss after which training stops; 0 = never. The best is saved."""
+    """Stop after this many estimates in a row without a lower val loss; 0 = never stop. The best step is saved."""
 
     def __post_init__(self):
         for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
@@ -53,18 +54,19 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Where a run is kept, and how often."""
+    """Run directory and checkpoints."""
 
     dir: str = ""
-    """Run directory, also on an object store (gs://...); the default is runs/<name of the config file>."""
+    """Run directory, on disk or in an object store (gs://...); the default is runs/<name of the recipe>."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """Continue the run in the directory if there is one, refuse to, or insist on it."""
+    """Continue the run in the directory: auto = if there is one; never = refuse if there is one; must = refuse if
+    there is none."""
     init_from: str = ""
-    """Run directory to start a new run from: its best weights, its model and its tokenizer, but step 0."""
+    """Run directory whose best weights, model settings and tokenizer a new run starts from, at step 0."""
     checkpoint_interval: int = 250
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
-    """How many of the latest checkpoints are kept; the one with the best validation loss is kept besides."""
+    """Number of latest checkpoints to keep; the one with the lowest val loss is also kept."""
 
     def __post_init__(self):
         for name in ("checkpoint_interval", "keep"):
@@ -74,10 +76,10 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     seed: int = 1337
-    """Decides initial weights, batches, dropout and samples."""
+    """Random seed of the initial weights, batches, dropout and samples."""
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -88,39 +90,79 @@ class Config:
 
 
 def load_config(argv: Sequence[str], cls: type = Config) -> Config:
-    """The configuration that a command line means: `--config FILE` and `--section.field VALUE`. Flags win.
+    """Load the configuration that a command line describes; its flags override the recipe.
 
     Args:
-        argv: the flags.
-        cls: Config, or a subclass with further flags of its own.
+        argv: `--config` with a file or the name of a recipe, and `--section.field VALUE` flags.
+        cls: Config, or a subclass with additional flags.
+
+    Returns:
+        An instance of `cls`.
 
     Raises:
         ConfigError: a name is unknown, a value has the wrong type or is out of range, or a file cannot be read.
-        CheckpointError: `run.init_from` names no run directory.
+        CheckpointError: `run.init_from` is not a run directory.
     """
     flags = split_flags(argv, cls)
-    path = flags.pop("config", None)
-    from_file = read_file(pathlib.Path(path)) if path else {}
-    values = {**from_file, **flags}
+    recipe = flags.pop("config", None)
+    path, name = find_recipe(recipe) if recipe else (None, "default")
+    values = {**read_file(path), **flags} if path else flags
     if start := values.get("run.init_from"):
         values = {**inherited(start, values), **values}
     config = parse(cls, values, f"{path} and command line" if path else "command line")
     if not config.run.dir:
-        name = pathlib.Path(path).stem if path else "default"
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
     return config
 
 
-def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
-    """What a run that starts from another one's weights takes over: the model section and the tokenizer.
+def recipes() -> dict[str, pathlib.Path]:
+    """The recipes that ship with the package: the file of each name, such as `lecture/bigram`."""
+    installed = pathlib.Path(__file__).parent / "configs"
+    folder = installed if installed.is_dir() else installed.parent.with_name("configs")  # in a clone
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(folder.rglob("*.yaml"))}
+
+
+def find_recipe(named: str) -> tuple[pathlib.Path, str]:
+    """Find what `--config` names.
 
     Args:
-        run_dir: the run with the weights.
-        values: the names that are decided already. A run's own config.yaml decides all, so the other run is not needed
-            to load it.
+        named: a file, or the name of a recipe that ships with the package.
+
+    Returns:
+        The file, and the name of the recipe: its path below a folder `configs`, elsewhere the name of the file.
+
+    Raises:
+        ConfigError: there is no such file and no such recipe.
     """
-    taken = {name for name in fields(Config) if name.startswith("model.")} | {"data.tokenizer"}
-    if taken <= set(values):
+    path, known = pathlib.Path(named).expanduser(), recipes()
+    if path.is_file():
+        inner = path.parts[len(path.parts) - path.parts[::-1].index("configs") :] if "configs" in path.parts else ()
+        return path, pathlib.PurePath(*(inner or (path.name,))).with_suffix("").as_posix()
+    if named in known:
+        return known[named], named
+    near = difflib.get_close_matches(path.stem, [name.rpartition("/")[2] for name in known], 1)
+    near = [name for name in known if near and name.endswith(near[0])]
+    meant = f"perhaps you meant {near[0]}; " if near else ""
+    raise ConfigError(f"no such config (--config, {named}): {meant}`jaxgpt train` lists the recipes")
+
+
+def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
+    """Read the settings that a run inherits from the run whose weights it starts from: the model and the tokenizer.
+
+    Args:
+        run_dir: the run that has the weights.
+        values: names of the settings that are given already. A run's own config.yaml gives all of them, so continuing
+            a run never needs `run_dir`.
+
+    Returns:
+        The inherited values by flag name; empty if all of them are given.
+
+    Raises:
+        ConfigError: the config.yaml of the run cannot be read.
+        CheckpointError: `run_dir` is not a run directory.
+    """
+    names = {name for name in fields(Config) if name.startswith("model.")} | {"data.tokenizer"}
+    if names <= set(values):
         return {}
     file = epath.Path(run_dir) / "config.yaml"
     if not file.exists():
@@ -133,12 +175,23 @@ def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
 
 
 def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[str, str]:
-    """The values of a YAML file by flag name, above those of the file that its `base:` names."""
+    """Read a recipe; its values override those of the recipe that its `base:` names.
+
+    Args:
+        path: the YAML file.
+        seen: the recipes that led to this one through `base:`.
+
+    Returns:
+        The text of each value by flag name.
+
+    Raises:
+        ConfigError: the file cannot be read, is not a recipe, or is its own base.
+    """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}  # all scalars stay text
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}  # scalars stay text
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(f"no such config ({path}, {reason}): see configs/ for the recipes there are") from None
+        raise ConfigError(f"no such config ({path}, {reason}): see configs/ for the available recipes") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "somewhere"
@@ -161,33 +214,50 @@ def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[s
 
 
 def dump(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads."""
+    """Write a configuration as YAML.
+
+    Args:
+        config: the configuration.
+
+    Returns:
+        YAML that `load_config` reads back.
+    """
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """All values by the names of their flags."""
-    found = {}
+    """Flatten a configuration.
+
+    Args:
+        config: the configuration, or an instance of a subclass.
+
+    Returns:
+        Each value by flag name.
+    """
+    values = {}
     for name in fields(type(config)):
         value = config
         for part in name.split("."):
             value = getattr(value, part)
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The fields that decide the numbers of a run and differ, as `name (was X, now Y)`.
+    """List the settings that changed, leaving out those that do not affect the numbers of a run.
 
     Args:
-        before: what `flat` gave; a field that there was not yet had what is its default now.
-        now: what `flat` gives.
+        before: the earlier result of `flat`; a field that did not exist then counts as having today's default.
+        now: the current result of `flat`.
+
+    Returns:
+        One `name (was X, now Y)` per changed setting.
     """
-    free = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
-    free |= {"train.steps", "train.eval", "train.log", "train.profile", "train.patience"}
+    ignored = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
+    ignored |= {"train.steps", "train.eval", "train.log", "train.profile", "train.patience"}
     before = {**flat(Config()), **before}
     return [
         f"{name} (was {before[name]}, now {value})"
         for name, value in now.items()
-        if before[name] != value and not any(name.startswith(prefix) for prefix in free)
+        if before[name] != value and not any(name.startswith(prefix) for prefix in ignored)
     ]

@@ -1,6 +1,6 @@
 """Token arrays on the device, and the windows cut from them.
 
-A batch is a pure function of (key, split, step): resuming needs no iterator, and no two runs share a cursor.
+A batch is a pure function of (seed, split, step), so resuming a run needs no iterator state.
 """
 
 import dataclasses
@@ -16,25 +16,25 @@ from jaxgpt.errors import ArgumentError, JaxgptError
 
 
 class DataError(JaxgptError, ValueError):
-    """A text or a folder of tokens cannot be used."""
+    """A text or a prepared folder cannot be used."""
 
     exit_code = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how much of it a step sees."""
+    """The text, its splits and the batch size."""
 
     name: str = "shakespeare"
     """Named corpus: shakespeare, or tiny_shakespeare (the lecture's exact file)."""
     path: str | None = None
-    """Your own UTF-8 text file, or a folder that `jaxgpt prepare` made; several as DIR=WEIGHT,DIR=WEIGHT."""
+    """Your own UTF-8 text file, or a folder from `jaxgpt prepare`; mix several as DIR=WEIGHT,DIR=WEIGHT."""
     tokenizer: str = "char"
-    """Tokenizer of a text: char (one token a character), gpt2, or a tokenizer.json; a prepared folder has its own."""
+    """Tokenizer of a text: char (one id per character), gpt2, or a tokenizer.json; a prepared folder has its own."""
     batch_size: int = 12
-    """Windows a step sees (a part of a step, with optim.grad_accumulation)."""
+    """Windows per batch; a step uses optim.grad_accumulation batches."""
     train_fraction: float = 0.9
-    """Leading part of the text that is trained on, in (0, 1); the rest is for validation."""
+    """Leading fraction of the text that is the train split, in (0, 1); the rest is the val split."""
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -44,14 +44,23 @@ class DataConfig:
 
 
 class Splits(NamedTuple):
-    """The tokens of both splits, each (N,) of the smallest unsigned dtype that holds the vocabulary."""
+    """The tokens of both splits, each (N,) in the smallest unsigned dtype that holds the vocabulary."""
 
     train: jax.Array
     val: jax.Array
 
 
 def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: int) -> Splits:
-    """Cut (N,) ids in two, the first `train_fraction` of them for training, and put them on the device.
+    """Cut the ids into a train and a val split and put both on the device.
+
+    Args:
+        ids: (N,) integers in [0, vocab_size).
+        train_fraction: leading fraction of the ids for the train split, in (0, 1).
+        vocab_size: V, which decides the dtype of the splits.
+        block_size: T, tokens per window.
+
+    Returns:
+        The two splits.
 
     Raises:
         DataError: a split is shorter than one window and its targets.
@@ -62,25 +71,25 @@ def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: i
     for name, part in parts.items():
         if len(part) <= block_size:
             raise DataError(
-                f"the {name} split of the text has {len(part)} tokens, a window and its targets need {block_size + 1} "
-                f"(block_size {block_size}): use a longer text or a smaller --model.block_size"
+                f"the {name} split of the text has {len(part)} tokens, but a window and its targets need "
+                f"{block_size + 1} (block_size {block_size}): use a longer text or a smaller --model.block_size"
             )
     return Splits(*(jax.device_put(part.astype(dtype)) for part in parts.values()))
 
 
 @partial(jax.jit, static_argnames=("batch_size", "block_size"))
 def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int, block_size: int) -> jax.Array:
-    """The batches of some steps: windows at random places, each equally likely, with replacement as in the lecture.
+    """Draw the batches of the given steps: windows at uniformly random places, with replacement as in the lecture.
 
     Args:
-        key: the typed PRNG key of the split.
+        key: typed PRNG key of the split.
         tokens: (N,) unsigned integers, N > block_size.
         steps: (n,) integers; equal steps give equal batches.
         batch_size: B, windows per step.
-        block_size: T, tokens that the model sees of a window; its last target is one further.
+        block_size: T, tokens per window, to which its last target is appended.
 
     Returns:
-        (n, B, T + 1) of the dtype of the tokens.
+        (n, B, T + 1) in the dtype of the tokens.
     """
     chex.assert_rank([tokens, steps], 1)
 
@@ -91,22 +100,29 @@ def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int
 
 
 def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(B, T + 1) integers -> what is seen and what follows it, each (B, T) int32."""
+    """Separate windows into inputs and targets.
+
+    Args:
+        windows: (B, T + 1) integers.
+
+    Returns:
+        The inputs and the targets, each (B, T) int32; a target is the token after its input.
+    """
     windows = windows.astype(jnp.int32)
     return windows[:, :-1], windows[:, 1:]
 
 
 def consecutive_batch(tokens: jax.Array, i, batch_size: int, block_size: int):
-    """Batch `i` of a pass over the whole split in order, which predicts each token but the first exactly once.
+    """Take batch `i` of an ordered pass over the whole split, which predicts every token but the first exactly once.
 
     Args:
         tokens: (N,) unsigned integers.
         i: () integer in [0, consecutive_batches(N, ...)).
-        batch_size: B, windows.
-        block_size: T, tokens a window.
+        batch_size: B, windows per batch.
+        block_size: T, tokens per window.
 
     Returns:
-        inputs and targets, each (B, T) int32, and a (B, T) bool that is False past the end of the split.
+        The inputs and the targets, each (B, T) int32, and a (B, T) bool mask that is False past the end of the split.
     """
     chex.assert_rank(tokens, 1)
     index = (i * batch_size * block_size + jnp.arange(batch_size * block_size)).reshape(batch_size, block_size)
@@ -116,5 +132,14 @@ def consecutive_batch(tokens: jax.Array, i, batch_size: int, block_size: int):
 
 
 def consecutive_batches(n_tokens: int, batch_size: int, block_size: int) -> int:
-    """How many batches a pass over `n_tokens` takes."""
+    """Count the batches of an ordered pass over a split.
+
+    Args:
+        n_tokens: N, tokens in the split.
+        batch_size: B, windows per batch.
+        block_size: T, tokens per window.
+
+    Returns:
+        The number of batches, of which the last may be partly filled.
+    """
     return -(-(n_tokens - 1) // (batch_size * block_size))

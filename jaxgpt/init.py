@@ -1,4 +1,4 @@
-"""New models: their form without weights, and their first weights, drawn block by block."""
+"""New models: their shapes without weights, and their initial weights, drawn block by block."""
 
 from functools import partial
 from typing import Any
@@ -14,43 +14,66 @@ from jaxgpt.step import INIT, TrainState, init_state, params_of, stream_key
 
 
 class Draws:
-    """The keys that `nnx.Rngs(params=key)` gives out, from draw `n` on.
+    """The same sequence of keys as `nnx.Rngs(params=key)`, starting at the n-th.
 
-    Flax counts in a Variable. Under jit, each change of one looks through all that was traced before: eight seconds for
-    GPT-2 1558M, where this takes half a second.
+    Flax keeps its counter in a Variable. Under jit, each update of a Variable searches everything traced before: eight
+    seconds for GPT-2 1558M, against half a second here.
+
+    Args:
+        key: typed PRNG key.
+        n: () integer, the number of keys already used.
     """
 
     def __init__(self, key: jax.Array, n: jax.Array | int = 0):
         self.key, self.n = key, n
 
     def params(self) -> jax.Array:
-        """The next key."""
+        """Return the next key, a () typed PRNG key."""
         key = jax.random.fold_in(self.key, self.n)
         self.n += 1
         return key
 
 
 def abstract(config: GPTConfig) -> GPT:
-    """The model with shapes and dtypes in place of its weights."""
+    """Build a model with shapes and dtypes in place of its weights.
+
+    Args:
+        config: with its vocab_size.
+
+    Returns:
+        The model, whose parameters are `jax.ShapeDtypeStruct`s.
+    """
     return nnx.eval_shape(lambda: GPT(config, rngs=Draws(jax.random.key(0))))
 
 
 def abstract_state(model: GPT, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and places of the state of such a model's training."""
+    """Build the training state with shapes, dtypes and shardings in place of its arrays.
+
+    Args:
+        model: from `abstract`.
+        tx: the optimizer.
+        mesh: the mesh that the shardings refer to.
+
+    Returns:
+        The state, whose leaves are `jax.ShapeDtypeStruct`s.
+    """
     state = jax.eval_shape(partial(init_state, tx=tx), params_of(model))
-    places = sharding.shardings(mesh, state)
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), state, places)
+    shardings = sharding.shardings(mesh, state)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
 def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
-    """The parameters of `GPT(config, rngs=nnx.Rngs(params=key))`, in float32, bit for bit.
+    """Draw the parameters of `GPT(config, rngs=nnx.Rngs(params=key))`, equal to the last bit.
 
-    Two programs draw all of them, one for what is around the blocks and one for a block: XLA needs about 0.1 s for
-    every matrix in a program. Under a mesh, each parameter is born with its sharding.
+    All blocks share one compiled program, and everything else has a second one, because XLA needs about 0.1 s for every
+    matrix in a program. Under a mesh, each parameter is created with its sharding.
 
     Args:
         config: with its vocab_size.
-        key: of all weights.
+        key: typed PRNG key from which all weights are drawn.
+
+    Returns:
+        A nested dict of float32 arrays.
     """
     params = _around_blocks(key, config)
     if config.n_layer:
@@ -62,29 +85,54 @@ def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
 
 @partial(jax.jit, static_argnames="config")
 def _around_blocks(key: jax.Array, config: GPTConfig) -> dict[str, Any]:
-    """All parameters but those of the blocks, which XLA does not compute then."""
+    """All parameters except those of the blocks, which XLA then leaves out."""
     params = params_of(GPT(config, rngs=Draws(key)))
     return sharding.pin({name: part for name, part in params.items() if name != "blocks"})
 
 
 @partial(jax.jit, static_argnames="config")
 def _block(key: jax.Array, n: jax.Array, config: GPTConfig) -> dict[str, Any]:
-    """The parameters of a block that begins with the n-th draw."""
+    """The parameters of a block whose first key is the n-th."""
     params = params_of(Block(config, rngs=Draws(key, n)))
-    return sharding.pin({"blocks": {0: params}})["blocks"][0]  # under the name that the sharding rules know
+    return sharding.pin({"blocks": {0: params}})["blocks"][0]  # the sharding rules match this name
 
 
 def init_model(config: GPTConfig, seed: int) -> GPT:
-    """A new model, as training starts from it."""
+    """Make a new model, equal to the one that training starts from.
+
+    Args:
+        config: with its vocab_size.
+        seed: of the run.
+
+    Returns:
+        The model with float32 parameters.
+    """
     return nnx.merge(nnx.graphdef(abstract(config)), init_params(config, stream_key(seed, INIT)))
 
 
 def first_state(config: GPTConfig, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state of a new model before the first step."""
+    """Make the training state of a new model before the first step.
+
+    Args:
+        config: with its vocab_size.
+        tx: the optimizer.
+        seed: of the run.
+
+    Returns:
+        The state at step 0.
+    """
     return state_of(init_params(config, stream_key(seed, INIT)), tx)
 
 
 @partial(jax.jit, static_argnames="tx", donate_argnames="params")
 def state_of(params: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
-    """The state of given parameters before the first step; their memory is taken over."""
+    """Make the training state of given parameters before the first step.
+
+    Args:
+        params: nested dict of arrays; their buffers are donated.
+        tx: the optimizer.
+
+    Returns:
+        The state at step 0.
+    """
     return sharding.pin(init_state(params, tx))

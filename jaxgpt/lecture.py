@@ -1,6 +1,6 @@
-"""The lecture's way to self-attention: a token averages its past, said three times, each time nearer to attention.
+"""The lecture's path to self-attention: three ways to average a token's past, each one closer to attention.
 
-B batch, T time, C channels, as in model.py. `average_softmax` with scores that come from the data is attention.
+B batch, T time, C channels, as in model.py. `average_softmax` is attention once its scores depend on the data.
 """
 
 import chex
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 
 def average_loop(x: jax.Array) -> jax.Array:
-    """The mean of each position and everything before it, the way one would say it.
+    """Average each position with all positions before it, in a plain loop.
 
     Args:
         x: (B, T, C) float.
 
     Returns:
-        (B, T, C) of x's dtype; position t holds the mean of positions 0 to t.
+        (B, T, C) in x's dtype; position t holds the mean of positions 0 to t.
 
     Source: Karpathy, "Let's build GPT", the mathematical trick in self-attention, version 1.
     """
@@ -30,13 +30,13 @@ def average_loop(x: jax.Array) -> jax.Array:
 
 
 def average_matmul(x: jax.Array) -> jax.Array:
-    """The same means as one matrix product: row t of a lower triangle of ones, divided by its sum, picks the past.
+    """Compute the same means as one matrix product: row t of a normalized lower triangle of ones averages the past.
 
     Args:
         x: (B, T, C) float.
 
     Returns:
-        (B, T, C) of x's dtype.
+        (B, T, C) in x's dtype.
 
     Source: Karpathy, "Let's build GPT", the mathematical trick in self-attention, version 2.
     """
@@ -45,18 +45,18 @@ def average_matmul(x: jax.Array) -> jax.Array:
     T = x.shape[1]
     weights = jnp.tril(jnp.ones((T, T), x.dtype))
     weights = weights / weights.sum(axis=1, keepdims=True)
-    return weights @ x  # (T, T) @ (B, T, C): every sequence of the batch gets the same weights
+    return weights @ x  # (T, T) @ (B, T, C): every sequence in the batch has the same weights
 
 
 def average_softmax(x: jax.Array, scores: jax.Array | None = None) -> jax.Array:
-    """The same means as a softmax over the past, whose weights need no longer be equal.
+    """Average the past with softmax weights, which need not be equal.
 
     Args:
         x: (B, T, C) float.
-        scores: (T, T) or (B, T, T) float, how much row t is interested in column s; zeros by default: in all alike.
+        scores: (T, T) or (B, T, T) float, the affinity of row t for column s; the default, zeros, gives equal weights.
 
     Returns:
-        (B, T, C) of x's dtype.
+        (B, T, C) in x's dtype.
 
     Source: Karpathy, "Let's build GPT", the mathematical trick in self-attention, version 3.
     """
@@ -70,13 +70,13 @@ def average_softmax(x: jax.Array, scores: jax.Array | None = None) -> jax.Array:
 
 
 def causal_weights(scores: jax.Array) -> jax.Array:
-    """The softmax of each row's past; the future gets a score of minus infinity, so a weight of zero.
+    """Take the softmax over each row's past; the future gets a score of minus infinity, hence a weight of zero.
 
     Args:
         scores: (..., T, T) float.
 
     Returns:
-        (..., T, T) of the same dtype; zero above the diagonal, each row sums to one.
+        (..., T, T) in the same dtype, zero above the diagonal; each row sums to one.
     """
     chex.assert_type(scores, float)
     T = scores.shape[-1]

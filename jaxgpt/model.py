@@ -1,7 +1,6 @@
-"""The GPT of the lecture, and of GPT-2, as one Flax model with switches.
+"""One Flax model with switches, for every rung of the lecture and for GPT-2.
 
-Letters for shapes, here and everywhere in jaxgpt:
-    B batch, T query time, S key time, C channels (n_embd), H heads, D head size, V vocabulary
+Shapes in all files: B batch, T query time, S key time, C channels (n_embd), H heads, D head size, V vocabulary.
 """
 
 import dataclasses
@@ -22,65 +21,64 @@ from jaxgpt.devices.remat import Remat, call_block
 from jaxgpt.devices.sharding import pin_batch
 from jaxgpt.errors import ArgumentError
 
-INIT_STDDEV = 0.02  # GPT-2's, which the lecture takes over at its end
-LAYER_NORM_EPSILON = 1e-5  # PyTorch's and GPT-2's; Flax's own default is 1e-6
+INIT_STDDEV = 0.02  # GPT-2's value, which the lecture adopts at its end
+LAYER_NORM_EPSILON = 1e-5  # as in PyTorch and GPT-2; Flax defaults to 1e-6
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # erf form, torch.nn.GELU()
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
 }
-ModuleList = getattr(nnx, "List", list)  # flax 0.11 takes a plain list
+ModuleList = getattr(nnx, "List", list)  # Flax 0.11 has no nnx.List and accepts a plain list
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and switches; the defaults of the switches are the lecture's finished GPT."""
+    """Sizes and switches of the model; the switches default to the lecture's finished GPT."""
 
     vocab_size: int = 0
     """Number of token ids; 0 = as many as the tokenizer has."""
     block_size: int = 64
-    """Longest context, in tokens."""
+    """Maximum context length in tokens."""
     n_layer: int = 4
-    """Number of blocks; 0 leaves only the tables and the head."""
+    """Number of blocks; 0 leaves only the embedding tables and the head."""
     n_head: int = 4
-    """Attention heads a block."""
+    """Attention heads per block."""
     n_embd: int = 128
-    """Channels of the residual stream; 0 = vocab_size (the bigram model, whose table holds the logits)."""
+    """Channels of the residual stream; 0 = vocab_size (the bigram model, whose token table holds the logits)."""
     dropout: float = 0.0
-    """Probability of zeroing in attention weights and branch outputs, in [0, 1), to the nearest 1/256."""
+    """Probability of zeroing attention weights and branch outputs, in [0, 1), rounded to the nearest 1/256."""
     positions: Literal["learned", "none"] = "learned"
-    """A learned position embedding table, or no positions at all."""
+    """Position information: a learned embedding table, or none."""
     lm_head: Literal["linear", "tied", "none"] = "linear"
-    """Logits from a linear layer, from the token table itself (GPT-2), or the stream is the logits (bigram)."""
+    """Source of the logits: a linear layer, the token table (tied, GPT-2), or the stream itself (none, bigram)."""
     mlp_ratio: int = 4
-    """Hidden channels of the feed-forward layer over n_embd; 0 = no feed-forward layer."""
+    """Hidden channels of the feed-forward layer as a multiple of n_embd; 0 = no feed-forward layer."""
     projection: bool = True
-    """Linear layers that lead attention and feed-forward back into the stream."""
+    """Linear layers that project attention and feed-forward outputs back into the residual stream."""
     residual: bool = True
-    """Skip connections around attention and feed-forward."""
+    """Skip connections around the attention and feed-forward layers."""
     norm: Literal["layernorm", "none"] = "layernorm"
-    """Layer norm before attention, feed-forward and head."""
+    """Layer norm before the attention layer, the feed-forward layer and the head, or none."""
     activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
     """Feed-forward nonlinearity: relu (lecture), gelu (erf form, nanoGPT), gelu_tanh (GPT-2)."""
     bias: Literal["all", "no_qkv", "none"] = "no_qkv"
-    """Bias vectors: everywhere (GPT-2), everywhere but query, key and value (lecture), or none (nanoGPT)."""
+    """Bias vectors in all layers (GPT-2), in all but query, key and value (no_qkv, lecture), or in none (nanoGPT)."""
     embedding_dropout: bool = False
-    """Dropout on the embeddings too (GPT-2)."""
+    """Also apply dropout to the embeddings (GPT-2)."""
     init: Literal["normal", "scaled", "torch"] = "normal"
-    """Weights: N(0, 0.02); the same, but smaller by sqrt(2 n_layer) where projections meet the stream (GPT-2); or
-    PyTorch's defaults, which the lecture has until its last rungs."""
+    """Initial weights: normal; scaled = normal, divided by sqrt(2 n_layer) in projections into the stream (GPT-2);
+    torch = PyTorch's defaults, which the lecture uses until its last rungs."""
     attention: Kernel = "auto"
-    """Attention of a training step: xla (the lines of the lecture), cudnn (NVIDIA GPU, bfloat16), splash (TPU), or auto
-    (what the device has). Attention dropout is computed by xla."""
+    """Attention kernel for training: xla (the lecture's lines), cudnn (NVIDIA GPU, bfloat16), splash (TPU), or auto
+    (cudnn or splash where supported, else xla). Attention dropout always uses xla."""
     remat: Remat = "none"
-    """What the backward pass computes again to save memory: nothing, all but the weight matmuls (dots), whole blocks
-    (full)."""
+    """Recompute in the backward pass to save memory: nothing, all but weight matmuls (dots), or whole blocks (full)."""
 
     def __post_init__(self):
-        for name, least in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
-            if getattr(self, name) < least:
-                raise ArgumentError(f"{name} is {getattr(self, name)}: use {least} or more")
+        for name, minimum in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
+            if getattr(self, name) < minimum:
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use {minimum} or more")
         if not 0.0 <= self.dropout < 1.0:
             raise ArgumentError(f"dropout is {self.dropout}: use a probability from 0 up to but not including 1")
         if self.n_layer and self.n_embd % self.n_head:
@@ -97,22 +95,22 @@ class GPTConfig:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters of all blocks, roughly: their matrices, with a feed-forward layer of four times the width."""
+        """Approximate parameter count of all blocks: their matrices, for the usual feed-forward width."""
         return 12 * self.n_layer * self.width**2
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far, for decoding one token at a time.
+    """The keys and values of earlier tokens, for decoding one token at a time.
 
-    `layers` holds the keys and values of each layer, two (B * H, S, D) arrays of which the first `length` () int32
-    positions are filled. (As (B, H, S, D), XLA's CPU backend would copy them for each token.)
+    `layers` holds two (B * H, S, D) arrays per layer, the keys and the values. Their first `length` () int32 positions
+    are filled. (XLA's CPU backend would copy (B, H, S, D) arrays for every token.)
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     length: jax.Array
 
 
-# made once a size: an initializer is a static attribute of its layer, and models that differ in one compile anew
+# cached, because an initializer is a static attribute of its layer: a new function object forces a recompilation
 _normal = functools.cache(nnx.initializers.normal)
 _uniform = functools.cache(lambda bound: functools.partial(jax.random.uniform, minval=-bound, maxval=bound))
 
@@ -120,7 +118,7 @@ _uniform = functools.cache(lambda bound: functools.partial(jax.random.uniform, m
 def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs):
     stddev = 1.0 if config.init == "torch" else INIT_STDDEV
     table = nnx.Embed(rows, config.width, embedding_init=_normal(stddev), rngs=rngs)
-    table.dtype = None  # that of the parameters at the call; nnx.Embed would keep the one that they are made with
+    table.dtype = None  # follow the parameters' dtype at each call; nnx.Embed fixes the dtype at construction
     return table
 
 
@@ -135,14 +133,14 @@ def _linear(config: GPTConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.
 def _linear_into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
     if not config.projection:
         return _unchanged
-    shrink = (2 * config.n_layer) ** -0.5 if config.init == "scaled" else 1.0
-    return _linear(config, inputs, config.width, config.bias != "none", rngs, INIT_STDDEV * shrink)
+    scale = (2 * config.n_layer) ** -0.5 if config.init == "scaled" else 1.0
+    return _linear(config, inputs, config.width, config.bias != "none", rngs, INIT_STDDEV * scale)
 
 
 def _layer_norm(config: GPTConfig, rngs: nnx.Rngs):
     if config.norm == "none":
         return _unchanged
-    # the fast variance, E[x^2] - E[x]^2, loses digits where the mean is large
+    # the fast variance, E[x^2] - E[x]^2, loses digits when the mean is large
     options = {"epsilon": LAYER_NORM_EPSILON, "use_fast_variance": False}
     return nnx.LayerNorm(config.width, use_bias=config.bias != "none", rngs=rngs, **options)
 
@@ -160,7 +158,7 @@ def _replace(_stream, branch):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with H heads: communication between the tokens.
+    """Causal self-attention with H heads: the tokens communicate.
 
     Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.
     """
@@ -173,33 +171,33 @@ class Attention(nnx.Module):
         self.proj = _linear_into_stream(config, C, rngs)
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
-        """(B, T, C) -> (B, T, C) and the keys and values, each (B * H, S, D), that the queries could look at.
+        """Attend: (B, T, C) -> (B, T, C), and the keys and values that the queries could see, each (B * H, S, D).
 
-        Without `keys_values` the T tokens attend among themselves; with them they stand at position `start` and on.
+        Without `keys_values`, the T tokens attend to each other. With them, the tokens begin at position `start`.
         """
         B, T, C = x.shape
-        q, k, v = (self._heads(ask(x)) for ask in (self.query, self.key, self.value))
-        kept = _flat(k), _flat(v)
+        q, k, v = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
+        kv = _flat(k), _flat(v)
         if keys_values is None and self.kernel in ("cudnn", "splash") and (rngs is None or not self.dropout.rate):
             out = causal(q, k, v, self.kernel)
-            return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kept
+            return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kv
         if keys_values is not None:
-            kept = tuple(jax.lax.dynamic_update_slice_in_dim(*each, start, 1) for each in zip(keys_values, kept))
-            q, (k, v) = _flat(q), kept
+            kv = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, start, 1) for pair in zip(keys_values, kv))
+            q, (k, v) = _flat(q), kv
         S = k.shape[-2]
         scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        past = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
-        weights = jax.nn.softmax(jnp.where(past, scores, -jnp.inf), axis=-1).astype(x.dtype)
+        visible = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(x.dtype)
         weights = self.dropout(weights, rngs)
         out = jnp.einsum("...ts,...sd->...td", weights, v).reshape(B, self.n_head, T, -1)
-        return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kept  # the heads side by side
+        return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kv  # the heads are concatenated
 
     def _heads(self, x):
         return x.reshape(*x.shape[:2], self.n_head, -1).swapaxes(1, 2)
 
 
 class MLP(nnx.Module):
-    """The feed-forward layer: each token thinks about what it has gathered."""
+    """The feed-forward layer: each token computes on its own."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C, hidden = config.width, config.mlp_ratio * config.width
@@ -208,12 +206,12 @@ class MLP(nnx.Module):
         self.proj = _linear_into_stream(config, hidden, rngs)
 
     def __call__(self, x):
-        """(B, T, C) -> (B, T, C)."""
+        """Transform each token: (B, T, C) -> (B, T, C)."""
         return self.proj(self.activation(self.fc(x)))
 
 
 class Block(nnx.Module):
-    """Communication, then computation."""
+    """A transformer block: communication (attention), then computation (feed-forward)."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.ln_1 = _layer_norm(config, rngs)
@@ -224,7 +222,7 @@ class Block(nnx.Module):
         self.join = operator.add if config.residual else _replace
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
-        """(B, T, C) -> (B, T, C) and the attention's keys and values."""
+        """Apply the block: (B, T, C) -> (B, T, C), and the keys and values of its attention layer."""
         attended, keys_values = self.attn(self.ln_1(x), keys_values, start, rngs)
         x = self.join(x, self.dropout(attended, rngs))
         if self.mlp is not None:
@@ -233,7 +231,7 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Tokens to the logits of the next token.
+    """The language model: from tokens to the logits of the next token.
 
     Source: Radford et al. 2019, "Language models are unsupervised multitask learners"; Karpathy, "Let's build GPT".
     """
@@ -252,31 +250,33 @@ class GPT(nnx.Module):
         self.lm_head = _linear(config, C, V, config.bias != "none", rngs) if config.lm_head == "linear" else None
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """The logits of every position's next token.
+        """Compute the logits of the next token at every position.
 
         Args:
             tokens: (B, T) integers in [0, vocab_size), T at most block_size.
-            rngs: the source of the dropout masks; None switches dropout off.
+            rngs: source of the dropout masks; None switches dropout off.
 
         Returns:
-            (B, T, V) float32.
+            (B, T, V) float32 logits.
 
         Raises:
-            ValueError: T is more than block_size.
+            ValueError: T is greater than block_size.
         """
         x, _ = self.hidden(tokens, rngs=rngs)
         return self.logits(x)
 
     def hidden(self, tokens: jax.Array, cache: Cache | None = None, *, rngs: nnx.Rngs | None = None):
-        """All but the head: (B, T) tokens -> the (B, T, C) stream and the keys and values of all layers as a Cache.
+        """Compute the (B, T, C) stream that the head reads, and the Cache including these tokens.
 
-        With a `cache`, the tokens follow those that it holds; the caller keeps length + T at or below block_size.
+        Args:
+            tokens, rngs: as for `__call__`.
+            cache: the tokens before these; the caller keeps cache.length + T within block_size.
         """
         chex.assert_rank(tokens, 2)
         chex.assert_type(tokens, int)
         T = tokens.shape[1]
         if T > self.config.block_size:
-            raise ArgumentError(f"{T} tokens do not fit block_size {self.config.block_size}: pass the last ones only")
+            raise ArgumentError(f"{T} tokens do not fit block_size {self.config.block_size}: pass only the last ones")
         start = jnp.int32(0) if cache is None else cache.length
         x = pin_batch(self.dropout(self.embed(tokens, start), rngs))
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
@@ -286,14 +286,14 @@ class GPT(nnx.Module):
         return self.ln_f(x), Cache(tuple(layers), start + T)
 
     def embed(self, tokens: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-        """The tables: (B, T) tokens that stand at position `start` and on -> (B, T, C)."""
+        """Embed tokens and their positions, which begin at `start`: (B, T) -> (B, T, C)."""
         x = self.token_embedding_table(pin_batch(tokens))
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table(start + jnp.arange(tokens.shape[1]))
         return x
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """The head: (B, T, C) of `hidden` -> (B, T, V) float32."""
+        """Apply the head to the output of `hidden`: (B, T, C) -> (B, T, V) float32."""
         if self.config.lm_head == "none":
             return x.astype(jnp.float32)
         if self.lm_head is None:
@@ -303,4 +303,4 @@ class GPT(nnx.Module):
             kernel, bias = self.lm_head.kernel[...], self.lm_head.bias
             logits = jnp.einsum("btc,cv->btv", x, kernel, preferred_element_type=jnp.float32)
             logits = logits if bias is None else logits + bias[...]
-        return logits[..., : self.config.vocab_size]  # on a mesh, tables may be padded
+        return logits[..., : self.config.vocab_size]  # on a mesh, the tables may be padded

@@ -1,4 +1,4 @@
-"""AdamW, its schedule and what it decays."""
+"""AdamW, the learning rate schedule and the decay mask."""
 
 import dataclasses
 import functools
@@ -11,30 +11,30 @@ from jaxgpt.errors import ArgumentError
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with warm-up and cosine decay; all counts in optimizer steps."""
+    """AdamW with linear warm-up and cosine decay; all counts are in optimizer steps."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
     min_learning_rate: float = 1e-4
-    """Learning rate after the decay; equal to learning_rate for a constant one."""
+    """Learning rate after the cosine decay; set it to learning_rate for a constant rate."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     decay_steps: int = 0
-    """Step at which the cosine ends; 0 = train.steps."""
+    """Step at which the cosine decay ends; 0 = train.steps."""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices and tables only."""
+    """AdamW's weight decay, applied to matrices and tables only."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.99
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradient; 0 = no clipping."""
+    """Maximum global norm of the gradient; 0 = no clipping."""
     grad_accumulation: int = 1
-    """Batches whose gradients are averaged for one step."""
+    """Batches per step, whose gradients are averaged."""
 
     def __post_init__(self):
-        least = {"min_learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0}
-        for name, bound in {**least, "grad_accumulation": 1}.items():
+        minimums = {"min_learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0}
+        for name, bound in {**minimums, "grad_accumulation": 1}.items():
             if not getattr(self, name) >= bound:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use {bound} or more")
         if not self.learning_rate > 0:
@@ -44,11 +44,17 @@ class OptimConfig:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use a number from 0 up to but not including 1")
 
 
-@functools.cache  # the same one for the same config: a second train() of a process finds its step compiled
+@functools.cache  # one object per config, so that a second train() in the same process reuses the compiled step
 def schedule(config: OptimConfig) -> optax.Schedule:
-    """The learning rate of a step (from 0): linear warm-up, cosine decay, then constant.
+    """Build the learning rate schedule: linear warm-up, cosine decay, then constant.
 
-    Source: nanoGPT's get_lr, warm-up counted from 1 so that the first step moves.
+    Args:
+        config: with decay_steps above 0, as train() sets it.
+
+    Returns:
+        A function from the step, counted from 0, to the learning rate.
+
+    Source: nanoGPT's get_lr, with warm-up counted from 1 so that the first step changes the parameters.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
@@ -60,13 +66,29 @@ def schedule(config: OptimConfig) -> optax.Schedule:
 
 
 def decay_mask(params) -> dict:
-    """True for matrices and tables, False for biases and norms; the same tree as `params`."""
+    """Build the decay mask.
+
+    Args:
+        params: a tree of parameters.
+
+    Returns:
+        The same tree with True for matrices and tables, and False for biases and norms.
+    """
     return jax.tree.map(lambda p: p.ndim >= 2, params)
 
 
 @functools.cache
 def optimizer(config: OptimConfig) -> optax.GradientTransformation:
-    """Clip, then AdamW. Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization"."""
+    """Build the optimizer: gradient clipping, then AdamW.
+
+    Args:
+        config: as for `schedule`.
+
+    Returns:
+        The optax transformation.
+
+    Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
+    """
     adamw = optax.adamw(
         schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decay_mask
     )

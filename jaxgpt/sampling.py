@@ -1,4 +1,4 @@
-"""Text from a model: prefill once, decode with a cache while the window lasts, then slide the window."""
+"""Text from a model: prefill once, decode with a cache until the context is full, then slide the window."""
 
 import math
 import operator
@@ -14,11 +14,14 @@ import numpy as np
 from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
 
-NOISE = 1 << 26  # random numbers drawn at a time
+NOISE = 1 << 26  # maximum number of random values drawn at a time
 
 
 class Rule(NamedTuple):
-    """How a token is chosen from the logits; None leaves a rule out. The numbers are traced: no recompilation."""
+    """How to choose a token from the logits; None switches a filter off.
+
+    The numbers are traced, so changing one does not recompile.
+    """
 
     temperature: np.float32
     top_k: np.int32 | None
@@ -26,14 +29,22 @@ class Rule(NamedTuple):
 
 
 def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Rule:
-    """Check the numbers of a rule.
+    """Check the numbers of a rule and build it.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: number of tokens to draw from, at least 1; None for all.
+        top_p: probability in (0, 1] that the tokens to draw from must reach; None for all.
+
+    Returns:
+        The rule, with numbers clipped to the range of their dtypes.
 
     Raises:
         ValueError: a number is out of its range.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ArgumentError(
-            f"temperature is {temperature}: use a finite number, 0 (always the likeliest token) or above"
+            f"temperature is {temperature}: use a finite number, 0 (always the most likely token) or above"
         )
     if top_k is not None and operator.index(top_k) < 1:
         raise ArgumentError(f"top_k is {top_k}: use 1 or more tokens")
@@ -47,12 +58,12 @@ def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float |
 
 
 def filter_logits(logits: jax.Array, rule: Rule) -> jax.Array:
-    """Temperature, then top-k, then top-p: excluded tokens get -inf.
+    """Apply temperature, then top-k, then top-p; excluded tokens get -inf.
 
     Args:
         logits: (B, V) float32.
-        rule: temperature above 0 divides the logits; top_k keeps the k likeliest tokens (and ties); top_p keeps the
-            fewest likeliest tokens whose probabilities reach p.
+        rule: a temperature above 0 divides the logits; top_k keeps the k most likely tokens (and ties); top_p keeps the
+            smallest set of most likely tokens whose probabilities sum to p or more.
 
     Returns:
         (B, V) float32.
@@ -68,17 +79,25 @@ def filter_logits(logits: jax.Array, rule: Rule) -> jax.Array:
     if rule.top_p is not None:
         descending = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # of the likelier tokens
-        least = jnp.min(jnp.where(before < rule.top_p, descending, jnp.inf), axis=-1)
-        logits = jnp.where(logits < least[:, None], -jnp.inf, logits)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # total probability of the more likely tokens
+        smallest = jnp.min(jnp.where(before < rule.top_p, descending, jnp.inf), axis=-1)
+        logits = jnp.where(logits < smallest[:, None], -jnp.inf, logits)
     return logits
 
 
 def sample(logits: jax.Array, noise: jax.Array, rule: Rule) -> jax.Array:
-    """Choose a token for each row: (B, V) float32 logits -> (B,) int32; temperature 0 takes the likeliest.
+    """Choose one token per row.
 
-    With Gumbel noise (B, V), the largest sum is a draw from the softmax. This is `jax.random.categorical`, but for the
-    noise, which is drawn outside of the loop over tokens: there it is a hundred small operations a token.
+    This is `jax.random.categorical`, except that the noise is drawn outside the loop over tokens. Inside it, drawing
+    takes about a hundred small operations per token.
+
+    Args:
+        logits: (B, V) float32.
+        noise: (B, V) float32 Gumbel noise; the argmax of logits plus noise is a draw from the softmax.
+        rule: as for `filter_logits`; temperature 0 takes the most likely token.
+
+    Returns:
+        (B,) int32.
 
     Source: Gumbel 1954, "Statistical theory of extreme values", as in Maddison et al. 2014, "A* sampling".
     """
@@ -87,32 +106,32 @@ def sample(logits: jax.Array, noise: jax.Array, rule: Rule) -> jax.Array:
 
 
 def _noise(key: jax.Array, first: jax.Array, n: int, rows: int, model: GPT) -> jax.Array:
-    """For new tokens `first` and on, each from a key of its own: (n, B, V)."""
+    """Gumbel noise for the n new tokens from number `first` on, each with its own key: (n, B, V) float32."""
     shape = rows, model.config.vocab_size
     return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), shape))(first + jnp.arange(n))
 
 
 def _empty(model: GPT, rows: int) -> Cache:
-    """A cache of no tokens."""
+    """A cache that holds no tokens."""
     config, dtype = model.config, model.token_embedding_table.embedding.dtype
-    none = jnp.zeros((rows * config.n_head, config.block_size, config.width // config.n_head), dtype)
-    return Cache(((none, none),) * config.n_layer, np.int32(0))
+    zeros = jnp.zeros((rows * config.n_head, config.block_size, config.width // config.n_head), dtype)
+    return Cache(((zeros, zeros),) * config.n_layer, np.int32(0))
 
 
 @jax.jit
 def _prefill(model: GPT, window: jax.Array, length: jax.Array) -> Cache:
-    """The cache of the first `length` tokens of a (B, T) window.
+    """The cache of the first `length` tokens of a padded (B, T) window.
 
-    What stands behind them is never looked at: attention is causal, and decoding overwrites it.
+    The padding is never attended to: attention is causal, and decoding overwrites it.
     """
     _, cache = model.hidden(window)
-    room = [(0, 0), (0, model.config.block_size - window.shape[1]), (0, 0)]
-    return Cache(jax.tree.map(lambda a: jnp.pad(a, room), cache.layers), length)
+    padding = [(0, 0), (0, model.config.block_size - window.shape[1]), (0, 0)]
+    return Cache(jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), length)
 
 
 @partial(jax.jit, static_argnames="n")
 def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """`n` further tokens (B, n), numbers `first` and on, while the cache has room; the last of them, and the cache."""
+    """Decode (B, n) new tokens, from number `first` on, into the cache; also return the last one and the cache."""
 
     def step(carry, noise):
         token, cache = carry
@@ -125,25 +144,25 @@ def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Ru
 
 
 def _last_logits(model: GPT, window: jax.Array) -> jax.Array:
-    """`model(window)[:, -1]`: the last block needs keys and values of all tokens, the rest only of the last one.
+    """`model(window)[:, -1]`, where the last block computes only keys and values for the tokens before the last one.
 
-    1.28x the tokens a second of configs/shakespeare_cpu.yaml on two cores: `python benchmarks/tricks.py last_block`.
+    1.28x the tokens per second of configs/shakespeare_cpu.yaml on two cores: `python benchmarks/tricks.py last_block`.
     """
     x = model.embed(window)
     for i, block in enumerate(model.blocks):
         if i < len(model.blocks) - 1:
             x, _ = block(x)
         else:
-            _, seen = block.attn(block.ln_1(x))  # what this attends to is not used, so XLA leaves it out
-            x, _ = block(x[:, -1:], seen, window.shape[1] - 1)
+            _, keys_values = block.attn(block.ln_1(x))  # XLA removes the unused attention output
+            x, _ = block(x[:, -1:], keys_values, window.shape[1] - 1)
     return model.logits(model.ln_f(x[:, -1:]))[:, 0]
 
 
 @partial(jax.jit, static_argnames="n")
 def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """`n` further tokens (B, n) after a full (B, block_size) window, cropped for each as the lecture does; the window.
+    """Decode (B, n) new tokens after a full (B, block_size) window, which slides by one each; also return it.
 
-    Positions are learned, so a token that moves in the window has other keys and values: no cache is valid here.
+    Positions are learned, so a token that moves gets new keys and values: a cache would be invalid.
     """
 
     def step(window, noise):
@@ -165,7 +184,24 @@ def stream(
     top_p: float | None = None,
     chunk: int = 16,
 ) -> Iterator[jax.Array]:
-    """`generate`, handed out as it goes: yields the new tokens as (B, 1 to chunk) int32."""
+    """Generate like `generate`, but yield the new tokens as soon as they are there.
+
+    Args:
+        model: as for `generate`.
+        prompt: as for `generate`.
+        key: as for `generate`.
+        max_new_tokens: as for `generate`.
+        temperature: as for `generate`.
+        top_k: as for `generate`.
+        top_p: as for `generate`.
+        chunk: maximum number of tokens per piece.
+
+    Yields:
+        (B, n) int32, n from 1 to chunk.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
     config, rule = model.config, make_rule(temperature, top_k, top_p)
     chex.assert_rank(prompt, 2)
     chex.assert_type(prompt, int)
@@ -179,24 +215,24 @@ def stream(
         )
 
     window, token = (jnp.asarray(part, jnp.int32) for part in (prompt[:, -config.block_size :], prompt[:, -1]))
-    rows, cached = len(window), window.shape[1] - 1  # all but the last token, which decoding begins with
-    room = config.block_size - cached if cached < config.block_size - 1 else 0  # a full window slides at once
+    rows, cached = len(window), window.shape[1] - 1  # decoding starts with the last token
+    room = config.block_size - cached if cached < config.block_size - 1 else 0  # a full window slides from the start
     if room and cached:
-        width = min(config.block_size, 1 << (cached - 1).bit_length())  # few widths, few compilations
+        width = min(config.block_size, 1 << (cached - 1).bit_length())  # powers of two, for few compilations
         cache = _prefill(model, jnp.pad(window[:, :-1], ((0, 0), (0, width - cached))), np.int32(cached))
     elif room:
         cache = _empty(model, rows)
-    seen, done, most = [window], 0, max(NOISE // (rows * config.vocab_size), 1)
+    pieces, done, limit = [window], 0, max(NOISE // (rows * config.vocab_size), 1)
     while done < max_new_tokens and room:
-        n = min(chunk, most, max_new_tokens - done, room)
+        n = min(chunk, limit, max_new_tokens - done, room)
         tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), n)
-        seen.append(tokens)
+        pieces.append(tokens)
         done, room = done + n, room - n
         yield tokens
     if done < max_new_tokens:
-        window = jnp.concatenate(seen, axis=1)[:, -config.block_size :]
+        window = jnp.concatenate(pieces, axis=1)[:, -config.block_size :]
     while done < max_new_tokens:
-        n = min(chunk, most, max_new_tokens - done)
+        n = min(chunk, limit, max_new_tokens - done)
         tokens, window = _slide(model, window, key, rule, np.int32(done), n)
         done += n
         yield tokens
@@ -212,19 +248,19 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> jax.Array:
-    """Continue each prompt.
+    """Continue each prompt by max_new_tokens tokens.
 
     Args:
-        model: a GPT; its weights are arguments of the compiled functions.
-        prompt: (B, T) integers in [0, vocab_size), T at least 1; only the last block_size of them are seen.
-        key: a typed PRNG key; new token i is drawn with fold_in(key, i).
-        max_new_tokens: N, new tokens a prompt.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens only.
-        top_p: draw from the fewest likeliest tokens whose probabilities reach p.
+        model: the GPT, in the compute dtype.
+        prompt: (B, T) integers in [0, vocab_size), T at least 1; the model sees only the last block_size of them.
+        key: typed PRNG key; new token i is drawn with fold_in(key, i).
+        max_new_tokens: N, new tokens per prompt.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw only from the k most likely tokens.
+        top_p: draw only from the smallest set of most likely tokens whose probabilities sum to p or more.
 
     Returns:
-        (B, T + N) int32, the prompt first.
+        (B, T + N) int32, each prompt followed by its new tokens.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -1,4 +1,4 @@
-"""The training state, the jitted step and the evaluation: pure functions of state, tokens and key."""
+"""The training state, the jitted train step and the evaluation, as pure functions of state, tokens and key."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -16,14 +16,14 @@ from jaxgpt import data
 from jaxgpt.devices import sharding
 from jaxgpt.model import GPT
 
-# one PRNG stream a purpose, so that no key is used twice
+# one PRNG stream per purpose, so that no key is used twice
 INIT, TRAIN, VAL, ESTIMATE, DROPOUT, SAMPLE = range(6)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: `step` () int32, the float32 parameters as a nested dict, optax's state."""
+    """Everything that a step changes: `step` () int32, a nested dict of float32 parameters, and optax's state."""
 
     step: jax.Array
     params: dict[str, Any]
@@ -31,7 +31,7 @@ class TrainState:
 
 
 class StepSpec(NamedTuple):
-    """What the compiled functions are specialised for: all that is static in them."""
+    """The static arguments of the compiled functions."""
 
     graphdef: nnx.GraphDef
     tx: optax.GradientTransformation
@@ -39,51 +39,90 @@ class StepSpec(NamedTuple):
     grad_accumulation: int
     dtype: jnp.dtype
     loss_chunks: int = 1
-    per_device_gradients: bool = False  # each device differentiates its own part: sharding.mean_over_devices
+    per_device_gradients: bool = False  # each device takes its part of the batch: sharding.mean_over_devices
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:
-    """The typed PRNG key of one purpose."""
+    """Derive the key of one PRNG stream.
+
+    Args:
+        seed: of the run.
+        stream: one of the constants above, such as INIT.
+
+    Returns:
+        () typed PRNG key.
+    """
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def params_of(model: nnx.Module) -> dict[str, Any]:
-    """The parameters as a nested dict, as TrainState and checkpoints have them."""
+    """Extract the parameters of a model.
+
+    Args:
+        model: a GPT or one of its modules.
+
+    Returns:
+        A nested dict of arrays, the form used by TrainState and by checkpoints.
+    """
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Make the state before the first step.
+
+    Args:
+        params: nested dict of float32 parameters.
+        tx: the optimizer.
+
+    Returns:
+        The state at step 0.
+    """
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
 def build(spec: StepSpec, params: dict[str, Any]) -> GPT:
-    """The model with these parameters, in the type to compute in."""
+    """Assemble the model in the compute dtype.
+
+    Args:
+        spec: static; gives the model's structure and the compute dtype.
+        params: nested dict of float32 parameters.
+
+    Returns:
+        The model, whose parameters have dtype spec.dtype.
+    """
     params = jax.tree.map(lambda p: p.astype(spec.dtype), params)
     return nnx.merge(spec.graphdef, sharding.for_compute(params))
 
 
 @partial(jax.jit, static_argnames="spec")
 def cast(params: dict[str, Any], spec: StepSpec) -> GPT:
-    """`build` in a call of its own, for what is done with the model outside of a step."""
+    """Run `build` as a jitted call of its own, for using the model outside a train step.
+
+    Args:
+        params: nested dict of float32 parameters.
+        spec: static.
+
+    Returns:
+        The model in the compute dtype.
+    """
     return build(spec, params)
 
 
 def token_losses(
     model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs | None = None, chunks: int = 1
 ) -> jax.Array:
-    """Cross-entropy of each token, in nats.
+    """Compute the cross-entropy of each token.
 
     Args:
-        model: in the type to compute in.
+        model: in the compute dtype.
         inputs: (B, T) integers.
         targets: (B, T) integers.
-        rngs: the source of the dropout masks; None switches dropout off.
-        chunks: pieces of the windows, a divisor of T. The (B, T, V) logits of a piece exist only while it is computed,
-            in the backward pass once more.
+        rngs: source of the dropout masks; None switches dropout off.
+        chunks: number of pieces into which T is divided, a divisor of T. Only one piece's logits are in memory at a
+            time; the backward pass recomputes them.
 
     Returns:
-        (B, T) float32.
+        (B, T) float32 losses in nats.
     """
     chex.assert_equal_shape([inputs, targets])
     x, _ = model.hidden(inputs, rngs=rngs)
@@ -94,18 +133,21 @@ def token_losses(
     if chunks == 1:
         return losses(x, targets)
     pieces = (jnp.stack(jnp.split(a, chunks, axis=1)) for a in (x, targets))
-    found = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
-    return jnp.concatenate(list(found), axis=1)
+    per_piece = jax.lax.map(lambda piece: jax.checkpoint(losses)(*piece), tuple(pieces))
+    return jnp.concatenate(list(per_piece), axis=1)
 
 
 def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec):
-    """The mean loss over a batch, () float32, and its gradient: in grad_accumulation parts, one after the other.
+    """Compute the mean loss of a step and its gradient; the grad_accumulation parts run one after another.
 
     Args:
-        params: float32.
+        params: nested dict of float32 parameters.
         batch: inputs and targets, each (grad_accumulation * B, T) integers.
-        key: for dropout.
+        key: typed PRNG key for dropout.
         spec: static.
+
+    Returns:
+        The loss, () float32 in nats per token, and the gradient, a tree like `params`.
     """
     parts = spec.grad_accumulation
 
@@ -114,27 +156,28 @@ def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array]
         return token_losses(build(spec, params), inputs, targets, rngs, spec.loss_chunks).mean()
 
     def add_part(total, part):
-        mine = jax.value_and_grad(loss_of)(params, *part)
-        return jax.tree.map(jnp.add, total, mine), None
+        loss_and_grads = jax.value_and_grad(loss_of)(params, *part)
+        return jax.tree.map(jnp.add, total, loss_and_grads), None
 
-    cut = [jnp.arange(parts), *(a.reshape(parts, -1, a.shape[-1]) for a in batch)]
+    stacked = [jnp.arange(parts), *(a.reshape(parts, -1, a.shape[-1]) for a in batch)]
     if parts == 1:
-        return jax.value_and_grad(loss_of)(params, *(a[0] for a in cut))
+        return jax.value_and_grad(loss_of)(params, *(a[0] for a in stacked))
     zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    return jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, cut)[0])
+    return jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, stacked)[0])
 
 
 def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec):
-    """One optimizer step; where loss or gradient is not finite, parameters and moments stay as they are.
+    """Take one optimizer step; if the loss or the gradient is not finite, parameters and moments stay unchanged.
 
     Args:
         state: before the step.
         batch: inputs and targets, each (grad_accumulation * B, T) integers.
-        key: the run's key; dropout is a function of it and of state.step.
+        key: typed PRNG key of the run; dropout depends on it and on state.step only.
         spec: static.
 
     Returns:
-        The state after the step; `loss` before the update, `learning_rate` and `grad_norm` before clipping, () float32.
+        The state after the step, and a dict of () float32 metrics: `loss` before the update, `learning_rate`, and
+        `grad_norm` before clipping.
     """
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
     differentiate = partial(loss_and_gradient, spec=spec)
@@ -148,30 +191,37 @@ def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.A
         return optax.apply_updates(params, updates), opt_state
 
     finite, old = jnp.isfinite(loss + norm), (state.params, state.opt_state)
-    if spec.per_device_gradients:  # on a CPU, where this halves the time to compile; a GPU would have to ask its host
+    if spec.per_device_gradients:  # CPU only: cond halves the compile time there; on a GPU it would wait for the host
         new = jax.lax.cond(finite, update, lambda *old: old, *old)
     else:
         new = jax.tree.map(partial(jnp.where, finite), update(*old), old)
     params, opt_state = sharding.pin(new)
-    measured = {"loss": loss, "learning_rate": spec.schedule(state.step), "grad_norm": norm}
-    return TrainState(state.step + 1, params, opt_state), measured
+    metrics = {"loss": loss, "learning_rate": spec.schedule(state.step), "grad_norm": norm}
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
 @jax.jit
 def all_finite(tree: Any) -> jax.Array:
-    """Whether there is neither NaN nor infinity in the floating arrays of a tree, () bool."""
+    """Check that no floating-point array of a tree contains a NaN or an infinity.
+
+    Args:
+        tree: any pytree of arrays.
+
+    Returns:
+        () bool.
+    """
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return jnp.array([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def train_steps(state: TrainState, windows: jax.Array, key: jax.Array, *, spec: StepSpec):
-    """Some steps in one call.
+    """Take n optimizer steps in one compiled call.
 
     Args:
-        state: before the steps; its memory is taken over.
-        windows: (n, grad_accumulation * B, T + 1) unsigned integers, the batch of each step.
-        key: the run's key.
+        state: before the steps; its buffers are donated.
+        windows: (n, grad_accumulation * B, T + 1) unsigned integers, the windows of each step.
+        key: typed PRNG key of the run.
         spec: static.
 
     Returns:
@@ -186,12 +236,15 @@ def train_steps(state: TrainState, windows: jax.Array, key: jax.Array, *, spec: 
 
 @partial(jax.jit, static_argnames="spec")
 def estimate_loss(params: dict[str, Any], windows: jax.Array, *, spec: StepSpec) -> jax.Array:
-    """Mean loss () float32 over some batches, the same ones each time: quick, for watching.
+    """Estimate the loss of a split from some random windows: a quick value for watching a run.
 
     Args:
-        params: float32.
-        windows: (n, B, T + 1) integers.
+        params: nested dict of float32 parameters.
+        windows: (n, B, T + 1) integers; pass the same ones each time to compare estimates.
         spec: static.
+
+    Returns:
+        The mean loss, () float32 in nats per token.
     """
     model = build(spec, params)
 
@@ -203,24 +256,28 @@ def estimate_loss(params: dict[str, Any], windows: jax.Array, *, spec: StepSpec)
 
 @partial(jax.jit, static_argnames=("batch_size", "chunks"))
 def _sums(model: GPT, tokens: jax.Array, batch_size: int, chunks: int) -> jax.Array:
+    """The summed loss of each consecutive batch, (n_batches,) float32 in nats."""
     T = model.config.block_size
 
     def nats(i):
-        inputs, targets, real = data.consecutive_batch(tokens, i, batch_size, T)
-        return jnp.sum(token_losses(model, inputs, targets, chunks=chunks), where=real)
+        inputs, targets, valid = data.consecutive_batch(tokens, i, batch_size, T)
+        return jnp.sum(token_losses(model, inputs, targets, chunks=chunks), where=valid)
 
     return jax.lax.map(nats, jnp.arange(data.consecutive_batches(len(tokens), batch_size, T)))
 
 
 def evaluate(model: GPT, tokens: jax.Array | Iterable[jax.Array], batch_size: int = 64, chunks: int = 1) -> float:
-    """Mean loss over a whole split, in nats a token: the number to quote.
+    """Evaluate the model on a whole split: the number to quote.
 
     Args:
-        model: in the type to compute in.
-        tokens: (N,) integers, or several such pieces; all but the first of a piece are predicted once, in consecutive
-            windows of block_size.
-        batch_size: windows at a time.
-        chunks: pieces of the windows in which head and loss are computed.
+        model: in the compute dtype.
+        tokens: (N,) integers, or several such pieces. Consecutive windows predict every token of a piece but the first
+            exactly once.
+        batch_size: windows per batch.
+        chunks: as for `token_losses`.
+
+    Returns:
+        The mean loss in nats per token.
     """
     nats, count = 0.0, 0
     for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray) else tokens:

@@ -33,6 +33,21 @@ def test_base_is_inherited_and_overridden(tmp_path):
 def test_run_directory_is_named_after_the_config_file(tmp_path):
     assert load_config(["--config", write(tmp_path / "mine.yaml", "")]).run.dir == "runs/mine"
     assert load_config(["--run.dir", "here"]).run.dir == "here"
+    (tmp_path / "configs" / "ladder").mkdir(parents=True)
+    below = write(tmp_path / "configs" / "ladder" / "rung.yaml", "")
+    assert load_config(["--config", below]).run.dir == "runs/ladder/rung"
+
+
+def test_a_recipe_is_found_by_its_name_wherever_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("shakespeare_cpu", "lecture/one_head"):
+        by_name = load_config(["--config", name])
+        assert by_name == load_config(["--config", str(CONFIGS / f"{name}.yaml")])
+        assert by_name.run.dir == f"runs/{name}"
+    with pytest.raises(ConfigError, match=r"no such config .*perhaps you meant shakespeare_cpu"):
+        load_config(["--config", "shakespear_cpu"])
+    with pytest.raises(ConfigError, match="perhaps you meant lecture/bigram"):
+        load_config(["--config", "bigrm"])
 
 
 def test_a_dumped_config_loads_as_the_same(tmp_path):
@@ -46,7 +61,13 @@ def test_every_recipe_loads_and_opens_with_what_it_is(file, tmp_path, monkeypatc
     write(tmp_path / "runs" / "gpt2" / "config.yaml", configs.dump(Config()))  # what finetune_gpt2.yaml starts from
     monkeypatch.chdir(tmp_path)
     assert isinstance(load_config(["--config", str(file)]), Config)
-    assert file.read_text().startswith("# ")
+    title, *header = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert title.startswith("# ") and len(title) < 120
+    relative = file.relative_to(CONFIGS.parent).as_posix()
+    assert any(line.startswith(f"#   python train.py --config {relative}") for line in header)
+    said = "\n".join(header)
+    run = all(word in said for word in ("# hardware: ", "# time: ", "# validation loss, whole split"))
+    assert run or "# hardware, time, loss: not run yet" in said
 
 
 def test_every_field_has_a_line_of_help():

@@ -1,1 +1,1 @@
-"""What runs where: meshes, processes, signals, CPU cores, chips, and the kernels that differ between platforms."""
+"""Devices and processes: meshes, signals, CPU cores, chips, and the kernels that differ between platforms."""

@@ -1,6 +1,6 @@
-"""Fused attention: the causal attention of `model.Attention` in one kernel, without the (T, T) weights in memory.
+"""Fused attention kernels: the causal attention of `model.Attention` without the (T, T) weights in memory.
 
-The kernels have no dropout and no cache, so the model takes its own lines where it needs these.
+The kernels have no dropout and no key/value cache. Where these are needed, the model uses its own code.
 """
 
 import math
@@ -14,17 +14,17 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt.errors import ArgumentError
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
-TILE = 128  # splash attention's: it takes windows that are a multiple
+TILE = 128  # splash attention needs T to be a multiple of this
 
 
 def choose(kernel: Kernel, platform: str, dtype: jnp.dtype, block_size: int, head_size: int) -> Kernel:
-    """What `auto` means on a platform: its own kernel where that takes the sizes and the type, otherwise xla.
+    """Resolve `auto`: the platform's fused kernel if it supports the sizes and the dtype, otherwise xla.
 
     Args:
-        kernel: as configured; anything but auto is returned as it is.
-        platform: jax's name: cpu, gpu, tpu.
-        dtype: of the computation; cuDNN's kernel takes half precision only.
-        block_size: T.
+        kernel: as configured; anything but auto is returned unchanged.
+        platform: JAX's name for it: cpu, gpu or tpu.
+        dtype: dtype of the computation; the cuDNN kernel supports half precision only.
+        block_size: T, in tokens.
         head_size: D.
     """
     if kernel != "auto":
@@ -37,17 +37,19 @@ def choose(kernel: Kernel, platform: str, dtype: jnp.dtype, block_size: int, hea
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Literal["cudnn", "splash"]) -> jax.Array:
-    """Scaled causal attention of all heads.
+    """Compute scaled causal attention for all heads with a fused kernel.
 
     Args:
-        q, k, v: (B, H, T, D), the same floating dtype.
-        kernel: `cudnn` (NVIDIA GPU, half precision) or `splash` (TPU, T a multiple of 128; elsewhere interpreted).
+        q: (B, H, T, D) floating.
+        k: same shape and dtype as q.
+        v: same shape and dtype as q.
+        kernel: `cudnn` (NVIDIA GPU, half precision) or `splash` (TPU, T a multiple of `TILE`; elsewhere interpreted).
 
     Returns:
-        (B, H, T, D) in their dtype.
+        (B, H, T, D) in the dtype of q.
 
     Raises:
-        ValueError: the machine or the sizes do not fit the kernel.
+        ValueError: the kernel does not run on this machine or with these sizes.
 
     Source: Dao et al. 2022, "FlashAttention".
     """
@@ -59,7 +61,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Literal["cudnn", "s
             return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
         except RuntimeError as error:
             raise ArgumentError(f"no cuDNN attention here ({error}): use --model.attention auto") from error
-    # a kernel is opaque to the partitioner: each device runs it on its part of the batch and of the heads
+    # XLA's partitioner cannot split a kernel, so each device runs it on its own part of the batch and of the heads
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _splash(q, k, v)
@@ -78,7 +80,9 @@ def _splash_kernel(H: int, T: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     if T % TILE:
-        raise ArgumentError(f"splash attention takes windows of a multiple of {TILE}, not {T}: use attention xla")
+        raise ArgumentError(
+            f"splash attention needs a window length that is a multiple of {TILE}, not {T}: use --model.attention xla"
+        )
     block = next(size for size in (512, 256, TILE) if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,

@@ -1,4 +1,4 @@
-"""What devices can do at most: the denominators of MFU and of the roofline in plan.py."""
+"""Peak speed, memory and bandwidth of GPUs and TPUs: the denominators of MFU and of the roofline in plan.py."""
 
 import dataclasses
 import functools
@@ -10,24 +10,24 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """The vendor's figures for one device of jax."""
+    """The vendor's figures for one JAX device."""
 
     name: str
-    """As `jaxgpt plan --target` names it."""
+    """Name for `jaxgpt plan --target`."""
     kinds: tuple[str, ...]
-    """How jax's `device_kind` may name it."""
+    """Values of JAX's `device_kind` for this chip."""
     flops: float
     """Peak dense bfloat16 FLOP/s."""
     memory: int
     """Bytes of device memory."""
     bandwidth: float
-    """Bytes/s between the chip and this memory."""
+    """Bytes/s between the chip and its memory."""
     platform: str
-    """jax's name: gpu or tpu."""
+    """JAX's name for the platform: gpu or tpu."""
 
 
 def _tpu(name: str, kinds: tuple[str, ...], tera_flops: float, gibibytes: int, gigabytes_per_s: float) -> Chip:
-    # what Google's pages call GB of HBM is GiB, as the compiler's own limits show
+    # Google's pages give HBM in GB but mean GiB, as the compiler's own limits show
     return Chip(name, kinds, tera_flops * 1e12, gibibytes << 30, gigabytes_per_s * 1e9, "tpu")
 
 
@@ -36,8 +36,8 @@ def _gpu(name: str, kinds: tuple[str, ...], tera_flops: float, gigabytes: int, g
 
 
 # Google: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e
-# NVIDIA: the data sheets at https://www.nvidia.com/en-us/data-center/a100/, /h100/, /h200/, /l4/ (dense: half of what
-# they print "with sparsity")
+# NVIDIA: the data sheets at https://www.nvidia.com/en-us/data-center/a100/, /h100/, /h200/, /l4/ (dense: half of the
+# figures "with sparsity")
 CHIPS = (
     _tpu("v4", ("TPU v4",), 275, 32, 1228),
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819),
@@ -52,12 +52,12 @@ CHIPS = (
 
 
 def find(device_kind: str) -> Chip | None:
-    """The chip that jax calls so; None for a CPU and for what is not in the table."""
+    """Return the chip with this `device_kind`; None for a CPU and for a chip that is not in the table."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
 
 
 class Peak:
-    """The FLOP/s that devices could do at most, `flops`; None where that is not known."""
+    """Peak FLOP/s of a list of devices together, as `flops`; None if it is unknown."""
 
     def __init__(self, devices: list[jax.Device]):
         self._devices = devices
@@ -65,15 +65,23 @@ class Peak:
         self.flops = sum(chip.flops for chip in found) if all(found) else None
 
     def measure(self) -> None:
-        """On a CPU, see what a large product reaches; to be called while nothing else is computed."""
+        """On a CPU, measure the peak with a large matmul. Call it while nothing else is computing."""
         if self.flops is None and jax.process_count() == 1 and self._devices[0].platform == "cpu":
             self.flops = matmul_flops()
 
 
 @functools.cache
 def matmul_flops(n: int = 1024, seconds: float = 1.0) -> float:
-    """FLOP/s of the fastest float32 product of two (n, n) matrices within some seconds, on all cores of a CPU."""
-    alone = jax.make_mesh((1,), ("cpu",), devices=jax.local_devices(backend="cpu")[:1])  # not the mesh of a run
+    """Measure the FLOP/s of float32 matmuls on all cores of the CPU.
+
+    Args:
+        n: the matrices are (n, n).
+        seconds: how long to repeat the matmul.
+
+    Returns:
+        FLOP/s of the fastest repetition.
+    """
+    alone = jax.make_mesh((1,), ("cpu",), devices=jax.local_devices(backend="cpu")[:1])  # not the step's mesh
     with jax.set_mesh(alone):
         square = jnp.ones((n, n))
         product = jax.jit(jnp.matmul).lower(square, square).compile()
@@ -85,5 +93,5 @@ def matmul_flops(n: int = 1024, seconds: float = 1.0) -> float:
 
 
 def named(name: str) -> Chip | None:
-    """The chip with this short name."""
+    """Return the chip with this short name; None if there is none."""
     return next((chip for chip in CHIPS if chip.name == name), None)

@@ -1,7 +1,7 @@
-"""The cores of a CPU as devices of jax, which share the batch of a step like any other devices.
+"""CPU cores as JAX devices, which split the batch of a step like any other devices.
 
-1.2x the steps a second of configs/shakespeare_cpu.yaml on two cores, 2x those of the lecture's deeper rungs:
-`python benchmarks/tricks.py devices`.
+On two cores this gives 1.2x the steps per second of configs/shakespeare_cpu.yaml, and 2x those of the lecture's deeper
+rungs: `python benchmarks/tricks.py devices`.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import jax
 
 from jaxgpt.devices.sharding import MeshConfig
 
-WORTH = 30e6  # FLOPs of a step in the blocks; below, devices wait for each other longer than they compute
-STATE = 4 << 30  # bytes that the devices' copies of the parameters and their moments may take together
+WORTH = 30e6  # FLOPs per step in the blocks; below this, devices wait for each other longer than they compute
+STATE = 4 << 30  # bytes that all the devices' copies of the parameters and optimizer moments may take together
 
 
 def count() -> int:
-    """The cores that this process may use, as far as affinity and the container's quota tell."""
+    """Return the number of cores that CPU affinity and the container's quota allow this process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # ValueError: no quota, or another form of it
+    with contextlib.suppress(OSError, ValueError):  # ValueError: no quota, or an unknown format
         quota, period = map(int, pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, max(quota // period, 1))
     return cores
@@ -29,11 +29,12 @@ def count() -> int:
 def as_devices(mesh: MeshConfig, block_parameters: int, batch_size: int, block_size: int) -> MeshConfig:
     """Expose each CPU core as a JAX device, and return the mesh with as many of them as the run should use.
 
-    Changes nothing on GPUs and TPUs, in several processes, and where the environment sets a CPU's number of devices.
+    The mesh is returned unchanged on GPUs and TPUs, with several processes, and if the environment already sets the
+    number of CPU devices.
 
     Args:
         mesh: as configured.
-        block_parameters: of the model's blocks, without the vocabulary's.
+        block_parameters: number of parameters in the model's blocks, without the embeddings and the head.
         batch_size: windows per step.
         block_size: tokens per window.
     """
@@ -41,7 +42,7 @@ def as_devices(mesh: MeshConfig, block_parameters: int, batch_size: int, block_s
     if jax.distributed.is_initialized() or told or "JAX_NUM_CPU_DEVICES" in os.environ:
         return mesh
     if jax.config.jax_num_cpu_devices < 1:
-        with contextlib.suppress(RuntimeError):  # a backend is running
+        with contextlib.suppress(RuntimeError):  # a backend is already running
             jax.config.update("jax_num_cpu_devices", count())
     if jax.default_backend() != "cpu":
         return mesh
@@ -49,17 +50,17 @@ def as_devices(mesh: MeshConfig, block_parameters: int, batch_size: int, block_s
 
 
 def divide(mesh: MeshConfig, block_parameters: int, batch_size: int, block_size: int, n_devices: int) -> MeshConfig:
-    """The mesh with its -1 for `data` filled in for the cores of one CPU.
+    """Choose how many cores of one CPU share the batch, and return the mesh with that size for `data`.
 
-    That is the largest number of cores that divides the batch, but one for steps that are too short to be shared, and
-    fewer where copies of a large model would fill the memory.
+    It is the largest number of cores that divides the batch. It is 1 if the steps are too short to be worth splitting,
+    and smaller if the copies of a large model would fill the memory.
 
     Args:
-        mesh: as configured; one that names its sizes is returned as it is.
-        block_parameters: of the model's blocks, without the vocabulary's.
+        mesh: as configured; if its sizes are not the defaults, it is returned unchanged.
+        block_parameters: number of parameters in the model's blocks, without the embeddings and the head.
         batch_size: windows per step.
         block_size: tokens per window.
-        n_devices: cores that are devices.
+        n_devices: number of cores exposed as devices.
     """
     if (mesh.data, mesh.fsdp, mesh.tensor) != (-1, 1, 1):
         return mesh

@@ -1,4 +1,4 @@
-"""Several processes as one run: joining JAX's own distributed runtime, and what only one of them does."""
+"""Training with several processes: joining JAX's distributed runtime, and work that only the first process does."""
 
 import ctypes
 import dataclasses
@@ -19,28 +19,28 @@ A = TypeVar("A")
 
 
 class PeerLostError(JaxgptError, RuntimeError):
-    """Another process of the run is gone, or the processes never met."""
+    """Another process of the run has died, or the processes never connected."""
 
     exit_code = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of one run find each other; every process gets the same command."""
+    """How the processes of one run find each other; start every process with the same command."""
 
     join: Literal["auto", "always", "never"] = "auto"
-    """Join other processes: auto = where an address is given or Slurm, Open MPI, Kubernetes or a TPU slice of several
-    hosts is seen; always = as jax finds them (TPU pods without such variables)."""
+    """When to join other processes: auto = if an address is given, or Slurm, Open MPI, Kubernetes or a TPU slice with
+    several hosts is detected; always = let JAX find them (TPU pods without such variables)."""
     coordinator_address: str | None = None
-    """HOST:PORT of process 0; jax finds it on a cluster."""
+    """HOST:PORT of process 0; on a cluster JAX finds it."""
     num_processes: int | None = None
-    """Number of processes; jax finds it on a cluster."""
+    """Number of processes; on a cluster JAX finds it."""
     process_id: int | None = None
-    """Number of this process, from 0; jax finds it on a cluster."""
+    """Index of this process, from 0; on a cluster JAX finds it."""
     bind_address: str | None = None
-    """HOST:PORT where process 0 listens, if it is not the coordinator_address itself."""
+    """HOST:PORT where process 0 listens, if that differs from coordinator_address."""
     heartbeat_timeout: int = 30
-    """Seconds without a sign of life after which a process is given up."""
+    """Seconds without a heartbeat after which a process counts as dead."""
 
     def __post_init__(self):
         if self.heartbeat_timeout < 1:
@@ -58,13 +58,13 @@ class DistributedConfig:
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_number):
     os.write(
-        2, b"jaxgpt: error: another process of the run is gone or never came (see above): start all of them again\n"
+        2, b"jaxgpt: error: another process of the run died or never connected (see above): start all of them again\n"
     )
     os._exit(8)
 
 
 def expected(config: DistributedConfig, environ: Mapping[str, str]) -> bool:
-    """Whether this process is one of several, as far as flags and environment tell."""
+    """Whether the flags or the environment variables say that this process is one of several."""
     if config.join != "auto":
         return config.join == "always"
     return (
@@ -77,14 +77,14 @@ def expected(config: DistributedConfig, environ: Mapping[str, str]) -> bool:
 
 
 def join(config: DistributedConfig) -> None:
-    """Meet the other processes; before anything else of jax is used. Alone, nothing happens.
+    """Connect to the other processes, if there are any. Call this before any other JAX function.
 
     Raises:
-        PeerLostError: they did not all come.
+        PeerLostError: not all processes connected.
     """
     if not expected(config, os.environ) or jax.distributed.is_initialized():
         return
-    if os.name == "posix":  # jax aborts a process whose peers are gone or never come, in a thread of its own
+    if os.name == "posix":  # JAX aborts the process from its own thread if a peer dies or never connects
         ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         jax.distributed.initialize(
@@ -97,30 +97,33 @@ def join(config: DistributedConfig) -> None:
         )
     except (RuntimeError, ValueError) as error:
         raise PeerLostError(
-            f"the processes did not meet ({str(error).splitlines()[0]}): start all of them with the same "
+            f"the processes did not connect ({str(error).splitlines()[0]}): start all of them with the same "
             "--distributed.coordinator_address and --distributed.num_processes, or use --distributed.join never"
         ) from error
 
 
 def exit_process(code: int) -> NoReturn:
-    """End this process at once: an orderly end would wait for processes that wait for this one."""
+    """Exit at once: an orderly exit would wait for other processes, which are waiting for this one."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
 
 
 def is_multi_process() -> bool:
-    """Whether processes have met; unlike jax.process_count, this starts no backend."""
+    """Whether this process has joined others; unlike jax.process_count, this starts no backend."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process writes the logs and small files of the run."""
+    """Whether this is the process that writes the logs and small files of the run."""
     return jax.process_index() == 0
 
 
 def from_first(make: Callable[[], A]) -> A:
-    """What the first process makes, in all of them; an error of it is an error of all, so that none waits for it."""
+    """Call `make` in the first process and return its result in all of them.
+
+    An exception is raised in all of them too, so that none waits for ever.
+    """
     if jax.process_count() == 1:
         return make()
     made, error = None, None
@@ -132,14 +135,14 @@ def from_first(make: Callable[[], A]) -> A:
     told = np.frombuffer(pickle.dumps((made, error)) if is_first() else b"", np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
     told = multihost_utils.broadcast_one_to_all(told if is_first() else np.zeros(size, np.uint8))
-    made, error = pickle.loads(np.asarray(told, np.uint8).tobytes())  # of our own first process
+    made, error = pickle.loads(np.asarray(told, np.uint8).tobytes())  # safe: the bytes come from our own first process
     if error is not None:
         raise error
     return made
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error in a run of several processes is the end of another one: jax raises several types for it."""
+    """Whether an error means that another process died; JAX raises several exception types for that."""
     signs = ("Gloo", "NCCL", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat",
              "Barrier", "CoordinationService", "coordination service", "shut down")  # fmt: skip
     return is_multi_process() and isinstance(error, Exception) and any(sign in str(error) for sign in signs)

@@ -1,4 +1,4 @@
-"""Rematerialisation: memory saved by computing parts of a block again in the backward pass."""
+"""Rematerialisation: saving memory by recomputing activations of a block in the backward pass."""
 
 from typing import Literal
 
@@ -11,11 +11,22 @@ Remat = Literal["none", "dots", "full"]
 
 
 def call_block(block: nnx.Module, x, keys_values, start, rngs: nnx.Rngs | None, remat: Remat):
-    """`block(x, keys_values, start, rngs)`, of which the backward pass computes again what `remat` says.
+    """Call `block(x, keys_values, start, rngs)`, choosing which activations the backward pass recomputes.
+
+    Args:
+        block: a block of the model.
+        x: (B, T, C) floating.
+        keys_values: the block's key/value cache, or None.
+        start: () int32, position of the first token of x.
+        rngs: the `dropout` stream is used; None without dropout.
+        remat: none = keep all activations; dots = recompute all but the matmul results; full = recompute all.
+
+    Returns:
+        The result of the block.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
-    # Flax's random streams cannot be advanced inside of jax.checkpoint: a block gets a key of its own
+    # Flax's random streams cannot be advanced inside jax.checkpoint, so we draw a key for the block outside
     key = None if rngs is None else rngs.dropout()
 
     def call(x, keys_values, start, key):

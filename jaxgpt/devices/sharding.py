@@ -1,7 +1,7 @@
-"""Meshes of devices, and what lives where on them: one rule for each parameter, batches along the data axes.
+"""Device meshes and shardings: each parameter is sharded by one rule, and batches are split along the data axes.
 
-A mesh has three axes. `data` splits the batch, `fsdp` the batch and the parameters, `tensor` the heads and the hidden
-channels. XLA's partitioner writes the communication.
+A mesh has three axes. `data` splits the batch, `fsdp` splits the batch and the parameters, and `tensor` splits the
+heads and the hidden channels. XLA's partitioner inserts the collectives.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from jaxgpt.errors import ArgumentError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
-SPLIT = ("tensor", "fsdp")  # in this order, gathering along fsdp leaves one part for each of tensor
+SPLIT = ("tensor", "fsdp")  # in this order, gathering along fsdp leaves one contiguous part per device of tensor
 
-# Every parameter matches one rule. The vocabulary, which no axis need divide, is not split in storage.
+# Every parameter matches exactly one rule. The vocabulary is not split in storage, as mesh axes need not divide it.
 RULES = (
     (r"(token|position)_embedding_table\.embedding", P(None, SPLIT)),
     (r"lm_head\.kernel", P(SPLIT, None)),
@@ -36,34 +36,38 @@ RULES = (
 
 
 class MeshError(ArgumentError):
-    """The devices, the mesh, and the sizes of model and batch do not go together."""
+    """The mesh does not fit the devices, or does not divide the sizes of the model or the batch."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices share the work; the product of the axes is the number of devices used."""
+    """Sizes of the mesh axes; their product is the number of devices used."""
 
     data: int = -1
-    """Devices that split the batch; -1 = all that are left."""
+    """Devices that split the batch; -1 = all remaining devices."""
     fsdp: int = 1
-    """Devices that split the batch, and the parameters and the optimizer's state too; -1 = all that are left."""
+    """Devices that split the batch, the parameters and the optimizer state; -1 = all remaining devices."""
     tensor: int = 1
-    """Devices that split the heads and the hidden channels; -1 = all that are left."""
+    """Devices that split the heads and the hidden channels; -1 = all remaining devices."""
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1:
-            raise ArgumentError("mesh has several axes of -1: let one of them take all that are left")
+            raise ArgumentError("mesh has several axes of -1: use -1 for only one of them")
         for axis, size in zip(AXES, sizes):
             if size != -1 and size < 1:
-                raise ArgumentError(f"{axis} is {size}: use 1 or more devices, or -1 for all that are left")
+                raise ArgumentError(f"{axis} is {size}: use 1 or more devices, or -1 for all remaining devices")
 
 
 def sizes_of(config: MeshConfig, n_devices: int) -> dict[str, int]:
-    """The size of each axis on so many devices.
+    """Return the size of each mesh axis, with -1 filled in.
+
+    Args:
+        config: as configured.
+        n_devices: number of devices available.
 
     Raises:
-        MeshError: there are too few devices, or a number that the axes do not divide.
+        MeshError: the axes need more devices, or do not divide their number.
     """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size != -1)
@@ -76,10 +80,14 @@ def sizes_of(config: MeshConfig, n_devices: int) -> dict[str, int]:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh of a configuration, on all devices (jax's by default) or on the first ones that it takes.
+    """Make the mesh of a configuration.
+
+    Args:
+        config: as configured.
+        devices: the mesh uses the first ones, as many as it needs; None = `jax.devices()`.
 
     Raises:
-        MeshError: the devices do not fit, or a process would have none.
+        MeshError: the mesh does not fit the devices, or some process would have no device in it.
     """
     devices = jax.devices() if devices is None else devices
     sizes = sizes_of(config, len(devices))
@@ -97,10 +105,16 @@ def _words(sizes: dict[str, int]) -> str:
 
 
 def check_sizes(mesh: Mesh, batch_size: int, width: int, n_head: int) -> None:
-    """Find what a mesh cannot divide.
+    """Check that the mesh divides the sizes of the model and the batch.
+
+    Args:
+        mesh: the mesh of the training step.
+        batch_size: windows per step.
+        width: n_embd of the model.
+        n_head: heads per block.
 
     Raises:
-        MeshError: naming the size, the axis and the remedy.
+        MeshError: a mesh axis does not divide one of the sizes.
     """
     for name, size, axes in (
         ("data.batch_size", batch_size, BATCH),
@@ -118,12 +132,12 @@ def check_sizes(mesh: Mesh, batch_size: int, width: int, n_head: int) -> None:
 
 
 def name_of(path: tuple) -> str:
-    """The dotted name of a leaf; a moment of the optimizer has its parameter's."""
+    """Return the dotted name of a leaf; an optimizer moment has the name of its parameter."""
     return ".".join(str(entry.key) for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def spec_of(name: str) -> P:
-    """The axes along which a parameter is split.
+    """Return the PartitionSpec of the parameter with this name.
 
     Raises:
         LookupError: not exactly one rule matches the name.
@@ -135,36 +149,37 @@ def spec_of(name: str) -> P:
 
 
 def specs(tree: Any) -> Any:
-    """The PartitionSpec of each leaf of a tree of parameters, moments and counters."""
+    """Return the PartitionSpec of each leaf of a tree of parameters, optimizer moments and counters."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: spec_of(name_of(path)) if leaf.ndim else P(), tree)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The same on a mesh, for `out_shardings` and for restoring."""
+    """Return the NamedSharding of each leaf on a mesh, for `out_shardings` and for restoring a checkpoint."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
 
 
 def _mesh() -> AbstractMesh | None:
-    """The mesh over which XLA's partitioner is at work; None inside of `mean_over_devices`."""
+    """The mesh that XLA's partitioner splits the work over; None inside `mean_over_devices`."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
 def takes_mean_over_devices(mesh: Mesh, dropout: float) -> bool:
-    """Whether a step on this mesh takes `mean_over_devices`: CPU devices that share nothing but the batch.
+    """Whether a step on this mesh uses `mean_over_devices`: only if CPU devices split the batch and nothing else.
 
-    On GPU and TPU the partitioner does as well. Dropout masks are drawn for the whole batch, which a device alone
-    does not see.
+    On GPU and TPU the partitioner is just as fast. With dropout it cannot be used, because the masks are drawn for the
+    whole batch, of which a single device sees only a part.
     """
     cpus = all(device.platform == "cpu" for device in mesh.devices.flat)
     return cpus and mesh.shape["data"] == mesh.size > 1 and not dropout
 
 
 def mean_over_devices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Under jit: `function(shared, batch, key)` on each device's part of the batch, and the mean of what they return.
+    """Under jit: run `function(shared, batch, key)` on each device's part of the batch, and average the results.
 
-    The mean of all arrays is taken as one of a long vector. The partitioner would take one for each parameter, and
-    lose on a CPU what the second core gains: 1.2x against 1.0x of configs/shakespeare_cpu.yaml on two cores.
+    All arrays are averaged in one collective, as one long vector. The partitioner would use one collective per
+    parameter, which on a CPU costs as much as the second core gains: on two cores, 1.0x instead of 1.2x the steps per
+    second of configs/shakespeare_cpu.yaml.
     """
 
     def mean(*args):
@@ -175,14 +190,14 @@ def mean_over_devices(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pin(tree: Any) -> Any:
-    """Under jit: keep a tree of parameters where its rules say. Without a mesh, nothing."""
+    """Under jit: constrain a tree of parameters to the shardings of its rules. Without a mesh, do nothing."""
     if _mesh() is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, specs(tree))
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
-    """Under jit: split (B, ...) activations along the batch. Without a mesh, or where it does not divide B, nothing."""
+    """Under jit: split (B, ...) activations along the batch. Without a mesh, or if it does not divide B, do nothing."""
     mesh = _mesh()
     if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH):
         return x
@@ -190,23 +205,23 @@ def pin_batch(x: jax.Array) -> jax.Array:
 
 
 def padded(vocab_size: int, tensor: int) -> int:
-    """The rows that a table of `vocab_size` is computed with: divisible by `tensor`, and large ones by 128 too.
+    """Return the padded vocabulary size: a multiple of `tensor`, and also of a matrix unit's tile if it is large.
 
-    Matrix units work on tiles of up to 128; a small vocabulary would be mostly padding.
+    A small vocabulary is not padded to whole tiles, because most of the result would be padding.
     """
     multiple = tensor if vocab_size < 1024 else math.lcm(128, tensor)
     return -(-vocab_size // multiple) * multiple
 
 
 def for_compute(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters as the model computes with them: tables and head split along a padded vocabulary.
+    """Under jit: lay out the parameters for the forward pass, with embeddings and head split along a padded vocabulary.
 
-    The model cuts the logits of the padding off again.
+    The model drops the logits of the padding.
     """
     mesh = _mesh()
     if mesh is None:
         return params
-    # leaf -> the axis of the vocabulary, None where there is none
+    # the array axis of the vocabulary in the leaves that have one
     axes = {"token_embedding_table.embedding": 0, "lm_head.kernel": 1, "lm_head.bias": 0}
 
     def lay_out(path, leaf):
@@ -220,8 +235,8 @@ def for_compute(params: dict[str, Any]) -> dict[str, Any]:
         spec = P(*("tensor" if i == axis else None for i in range(leaf.ndim)))
         if leaf.ndim == 1:
             return jax.lax.with_sharding_constraint(jnp.pad(leaf, widths), spec)
-        # Gather along fsdp, pad, and only then exchange channels for ids: for one larger move, or a move of a number of
-        # ids that the devices do not divide, the partitioner would gather everything.
+        # Gather along fsdp, pad, and only then move the split from channels to ids. The partitioner would gather the
+        # whole array if we did all in one step, or if the devices did not divide the number of ids.
         channels = P(*("tensor" if i != axis else None for i in range(2)))
         leaf = jnp.pad(jax.lax.with_sharding_constraint(leaf, channels), widths)
         return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(leaf, channels), spec)
@@ -230,5 +245,5 @@ def for_compute(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def place(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Put an array that every process has on each device of the mesh."""
+    """Replicate an array on all devices of the mesh; every process must hold the same array."""
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P()), lambda index: array[index])

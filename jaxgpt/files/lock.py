@@ -1,4 +1,9 @@
-"""One writer a folder. The kernel holds the lock and drops it when the process dies, however it dies."""
+"""A lock that lets one process at a time write to a folder.
+
+The kernel holds the lock, so it is released when the process dies, however it dies. We do not use the package filelock:
+it cannot tell who holds the lock without a second file, which may disagree with the first. Where a file system has no
+locks, filelock falls back to a marker file that outlives a killed process; we warn instead.
+"""
 
 import contextlib
 import datetime
@@ -21,11 +26,11 @@ except ImportError:  # Windows
 LOCK = "lock.json"
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK}
-FAR = 1 << 30  # Windows locks bytes, and nobody else can read those: one behind the text
+FAR = 1 << 30  # Windows locks single bytes, which nobody else can then read: we lock one far behind the text
 
 
 class BusyError(JaxgptError, ValueError):
-    """Another process writes to the folder."""
+    """Another process is writing to the folder."""
 
     exit_code = 6
 
@@ -36,18 +41,17 @@ class LockWarning(JaxgptWarning):
 
 @contextlib.contextmanager
 def hold_lock(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
-    """Be the only writer of a folder, which is made if need be and removed again if nothing came into it.
+    """Hold the lock of a folder. The folder is created if it is missing, and removed at the end if it is still empty.
 
-    The file says who holds the lock; the lock itself is the kernel's, so a dead process leaves none. On an object
-    store there is no lock.
+    The lock file names the process that holds the lock. An object store has no locks, so there this does nothing.
 
     Args:
-        folder: a local one, or an object store's.
-        remedy: what to do when it is busy.
+        folder: local path or URL of an object store.
+        remedy: what the user can do if the lock is taken, for the error message.
 
     Raises:
-        BusyError: another process holds it, or this one already.
-        StorageError: the folder cannot be made or written.
+        BusyError: another process holds the lock, or this process already does.
+        StorageError: the folder cannot be created or written to.
     """
     if storage.is_remote(folder):
         yield
@@ -65,15 +69,15 @@ def hold_lock(folder: str | os.PathLike, remedy: str) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError), file:
             if fcntl is not None:
-                path.unlink()  # still locked: whoever opened it meanwhile sees that it is gone
+                path.unlink()  # while locked, so that a process that has just opened the file sees that it is gone
         with contextlib.suppress(OSError):
             if fcntl is None:
-                path.unlink()  # Windows removes no open file, and therefore none that another one has locked
+                path.unlink()  # Windows removes no open file, so never one that another process has locked
             path.parent.rmdir()  # only if it is empty
 
 
 def _taken(path: pathlib.Path, remedy: str):
-    """The open file of the lock."""
+    """Take the lock and return its open file."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,7 @@ def _taken(path: pathlib.Path, remedy: str):
         except (FileExistsError, FileNotFoundError):
             if path.parent.is_file() or path.parent.is_symlink():
                 raise
-            continue  # its last holder removed the empty folder between our two calls
+            continue  # the last holder removed the empty folder between our two calls
         try:
             _lock(file)
         except OSError as error:
@@ -96,11 +100,11 @@ def _taken(path: pathlib.Path, remedy: str):
             file.close()
             if error.errno not in HELD:
                 raise
-            raise BusyError(f"another process writes here ({path.parent}, {holder}): {remedy}") from None
+            raise BusyError(f"another process is writing here ({path.parent}, {holder}): {remedy}") from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
-        file.close()  # the same with the file
+        file.close()  # the last holder removed the file after we opened it
 
 
 def _lock(file) -> None:
@@ -117,5 +121,5 @@ def _holder(path: pathlib.Path) -> str:
     try:
         who = json.loads(path.read_bytes())
         return f"pid {who['pid']} on {who['host']} since {who['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has not said so yet
-        return "which has just started"
+    except (OSError, ValueError, KeyError, TypeError):  # the holder has not written the file yet
+        return "a process that has just started"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there after a kill or a power cut, and words for storage that cannot be written."""
+"""Atomic file writes that survive a kill or a power cut, and readable errors when a disk cannot be written."""
 
 import contextlib
 import errno
@@ -16,18 +16,18 @@ ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, er
 
 
 class StorageError(JaxgptError, RuntimeError):
-    """A file or a folder cannot be written."""
+    """A file or folder cannot be written."""
 
     exit_code = 7
 
 
 def is_remote(path) -> bool:
-    """Whether a path is an object store's (gs://): a file appears there whole, and nothing is left to sync."""
+    """Whether a path is on an object store (gs://), where writes are atomic and need no sync."""
     return "://" in str(path)
 
 
 def write(path: str | os.PathLike, text: str) -> None:
-    """Put a text in a file's place: whatever happens in between, the old content or the new one is there."""
+    """Write text to a file atomically: after a crash the file holds either the old content or the new."""
     path = epath.Path(path)
     if is_remote(path):
         path.write_text(text)
@@ -39,16 +39,16 @@ def write(path: str | os.PathLike, text: str) -> None:
 
 
 def replace(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Give a finished file the name that it is to have, once its bytes are on the disk."""
+    """Sync a finished temporary file to the disk, then rename it to its final path."""
     sync(temporary)
     os.replace(temporary, path)
     sync(os.path.dirname(os.path.abspath(path)))
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Have what a local file or folder holds written to the disk, so that a power cut does not take it."""
+    """Flush a local file or folder to the disk, so that it survives a power cut."""
     posix = os.name == "posix"
-    if is_remote(path) or (os.path.isdir(path) and not posix):  # Windows opens no folders
+    if is_remote(path) or (os.path.isdir(path) and not posix):  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
     try:
@@ -58,7 +58,7 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def free(path: str | os.PathLike) -> int | None:
-    """Bytes that can be written where a path is or will be; None where nobody knows, as on an object store."""
+    """Return the free bytes on the disk of a path, which need not exist yet; None for an object store."""
     if is_remote(path):
         return None
     here = os.path.abspath(path)
@@ -68,16 +68,19 @@ def free(path: str | os.PathLike) -> int | None:
 
 
 def size(n: int) -> str:
-    """Bytes in a unit that people read."""
+    """Format a number of bytes as MB or GB."""
     return f"{n / 1e9:,.2f} GB" if n >= 1e9 else f"{n / 1e6:,.2f} MB"
 
 
 @contextlib.contextmanager
 def failures(folder: str | os.PathLike) -> Iterator[None]:
-    """Turn errors of writing into one line that names path and free space.
+    """Turn a failed write inside the block into one line with the path and the free space.
+
+    Args:
+        folder: the path to name if the error names none.
 
     Raises:
-        StorageError: an OSError of a full or read-only disk came, or an error of orbax that has its number.
+        StorageError: instead of an OSError about a full or read-only disk, or an orbax error that quotes its number.
     """
     try:
         yield
@@ -93,7 +96,7 @@ def failures(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def cannot_write(path: str | os.PathLike | None, number: int) -> str:
-    """One line for an error number."""
+    """Return the error message for a path (None if unknown) and an OS error number."""
     room = free(path) if path else None
     space = "" if room is None else f", {size(room)} free"
     return f"cannot write ({path}, {os.strerror(number)}{space}): free space, or name another folder"

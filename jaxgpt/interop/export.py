@@ -1,4 +1,4 @@
-"""`jaxgpt export`: a run's model as files that other programs read, without jaxgpt."""
+"""`jaxgpt export`: write the model of a run in formats that other programs read without jaxgpt."""
 
 import dataclasses
 import json
@@ -30,29 +30,29 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class ExportArgs:
-    """Write a run's model for other programs. What GPT-2 has no place for is refused in the format hf."""
+    """Write the model of a run for other programs. The format hf refuses what GPT-2's format cannot represent."""
 
     run: str
     """Run directory."""
     to: str
-    """Folder to make."""
+    """Folder to create."""
     format: Literal["hf", "safetensors", "stablehlo"] = "hf"
-    """hf: transformers' GPT2LMHeadModel and AutoTokenizer load it. safetensors: the arrays by our own names.
-    stablehlo: a compiled-for-later program for cpu, cuda and tpu beside these arrays; it needs jax alone."""
+    """hf: for transformers' GPT2LMHeadModel and AutoTokenizer. safetensors: the arrays under jaxgpt's own names.
+    stablehlo: these arrays, and an exported program for cpu, cuda and tpu that needs only jax."""
     step: int | None = None
-    """Which checkpoint; by default the one with the lowest validation loss."""
+    """Step of the checkpoint; by default the one with the lowest validation loss."""
 
 
 def export(args: ExportArgs) -> list[str]:
-    """Write the folder, whole or not at all.
+    """Write the folder, completely or not at all.
 
     Returns:
         The names of the files.
 
     Raises:
-        ConfigError: the folder is there already.
+        ConfigError: the folder exists and is not empty.
         CheckpointError: the run cannot be loaded.
-        FormatError: the format has no place for the model.
+        FormatError: the format cannot represent the model.
     """
     target = pathlib.Path(args.to).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -64,7 +64,7 @@ def export(args: ExportArgs) -> list[str]:
     try:
         write(fresh, run)
         for path, mode in ((fresh, 0o777), *((path, 0o666) for path in fresh.iterdir())):
-            path.chmod(mode & ~_umask())  # temporary files are made for this user only
+            path.chmod(mode & ~_umask())  # temporary files are private to this user
         os.replace(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -72,7 +72,15 @@ def export(args: ExportArgs) -> list[str]:
 
 
 def write_huggingface(folder: pathlib.Path, run: Run) -> None:
-    """config.json, model.safetensors and the tokenizer, as transformers saves them."""
+    """Write config.json, model.safetensors and the tokenizer as transformers saves them.
+
+    Args:
+        folder: an existing folder.
+        run: the run to export.
+
+    Raises:
+        FormatError: GPT-2's format cannot represent the model.
+    """
     config = gpt2.from_config(run.model.config, run.tokenizer.end_of_text)
     tensors = gpt2.to_tensors(params_of(run.model), run.model.config)
     save_file(tensors, folder / TENSORS, {"format": "pt"})
@@ -81,29 +89,48 @@ def write_huggingface(folder: pathlib.Path, run: Run) -> None:
 
 
 def write_safetensors(folder: pathlib.Path, run: Run) -> None:
-    """The arrays by our names, GPTConfig as config.json, and the tokenizer."""
+    """Write the arrays under our names, the GPTConfig as config.json, and the tokenizer.
+
+    Args:
+        folder: an existing folder.
+        run: the run to export.
+    """
     save_file(arrays(run.model), folder / TENSORS)
     _write_json(folder / CONFIG, dataclasses.asdict(run.model.config))
     hf_tokenizer.write(folder, run.tokenizer, run.model.config.block_size)
 
 
 def write_stablehlo(folder: pathlib.Path, run: Run) -> None:
-    """The same, and a program of jax.export that takes the arrays and tokens.
+    """Write the same files, and a program of jax.export that takes the arrays and the tokens.
 
-    The arrays stay outside the program: as constants of it, they could not be larger than 2 GB.
+    The arrays stay outside the program, since constants inside it are limited to 2 GB.
+
+    Args:
+        folder: an existing folder.
+        run: the run to export.
+
+    Raises:
+        DownloadError: the library to export with is not installed.
     """
     write_safetensors(folder, run)
     try:
         (folder / PROGRAM).write_bytes(program(run.model.config).serialize())
     except ImportError as error:
         raise DownloadError(
-            f"no library to write the program with (--format stablehlo, {error}): pip install 'jaxgpt[stablehlo]'"
+            f"no library to export with (--format stablehlo, {error}): pip install 'jaxgpt[stablehlo]'"
         ) from None
 
 
 def program(config: GPTConfig) -> jax_export.Exported:
-    """The model as a program: {name: array} and (B, T) int32 tokens, T at most block_size -> (B, T, V) float32."""
-    config = dataclasses.replace(config, attention="xla", remat="none")  # what every platform has
+    """Export the forward pass as a program.
+
+    Args:
+        config: the model.
+
+    Returns:
+        A program of {name: array} and (B, T) int32 tokens, T at most block_size, that returns (B, T, V) float32 logits.
+    """
+    config = dataclasses.replace(config, attention="xla", remat="none")  # every platform supports these
     shapes = gpt2.shapes(config)
     graphdef = nnx.graphdef(abstract(config))
 
@@ -112,12 +139,12 @@ def program(config: GPTConfig) -> jax_export.Exported:
         return nnx.merge(graphdef, params)(tokens)
 
     sizes = jax_export.symbolic_shape("b, t", constraints=[f"t <= {config.block_size}"])
-    described = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in gpt2.flat(shapes).items()}
-    return jax_export.export(jax.jit(logits), platforms=PLATFORMS)(described, jax.ShapeDtypeStruct(sizes, jnp.int32))
+    structs = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in gpt2.flat(shapes).items()}
+    return jax_export.export(jax.jit(logits), platforms=PLATFORMS)(structs, jax.ShapeDtypeStruct(sizes, jnp.int32))
 
 
 def arrays(model: GPT) -> dict[str, np.ndarray]:
-    """The parameters of a model by their dotted names, float32."""
+    """Return the float32 parameters of a model by their dotted names."""
     return {name: np.ascontiguousarray(leaf) for name, leaf in gpt2.flat(params_of(model)).items()}
 
 

@@ -1,6 +1,7 @@
-"""GPT-2's names and sizes: one table leads from our parameters to Hugging Face's and nanoGPT's, and back.
+"""Conversion of names, shapes and configurations between our model and GPT-2 as Hugging Face and nanoGPT store it.
 
-Hugging Face stores the weights of linear layers as (in, out), as we do; nanoGPT, which is PyTorch's, as (out, in).
+Hugging Face stores the weights of linear layers as (in, out), as we do. nanoGPT stores them as (out, in), as PyTorch
+does.
 """
 
 import dataclasses
@@ -43,52 +44,52 @@ IN_BLOCK = {  # query, key and value are the thirds of c_attn, in this order
     "mlp.proj.bias": "mlp.c_proj.bias",
 }
 THIRDS = ("query", "key", "value")
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the triangle, which older files hold as a buffer
-# nanoGPT's activation is the erf form since 2023; transformers has several names for the tanh form
+MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, a buffer in older files
+# transformers has several names for the tanh form of GELU; nanoGPT has used the erf form since 2023
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
 
 class FormatError(JaxgptError, ValueError):
-    """A model that GPT-2's format has no place for."""
+    """GPT-2's format cannot represent the model."""
 
 
 def table(n_layer: int) -> dict[str, str]:
-    """Our name of each parameter -> GPT-2's, without the leading `transformer.`."""
+    """Map our name of each parameter to GPT-2's name, without the leading `transformer.`."""
     blocks = {f"blocks.{i}.{ours}": f"h.{i}.{theirs}" for i in range(n_layer) for ours, theirs in IN_BLOCK.items()}
     return OUTSIDE | blocks
 
 
 def plain(name: str) -> str:
-    """A name without what torch.compile and the classes around the model put before it."""
+    """Strip the prefixes that torch.compile and the enclosing class put before a name."""
     return name.removeprefix("_orig_mod.").removeprefix("transformer.")
 
 
 def shapes(config: GPTConfig) -> dict[str, Any]:
-    """The parameters of a model as descriptions: the nested dict with shapes and dtypes."""
+    """Return the nested dict of parameters with abstract leaves: shapes and dtypes."""
     return params_of(abstract(config))
 
 
 def flat(params: dict[str, Any]) -> dict[str, Any]:
-    """The nested dict of parameters as {dotted name: leaf}."""
+    """Flatten the nested dict of parameters to {dotted name: leaf}."""
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def to_params(
     names: Iterable[str], read: Callable[[str], np.ndarray], config: GPTConfig, transposed: bool
 ) -> dict[str, Any]:
-    """GPT-2's tensors as our parameters.
+    """Convert GPT-2's tensors to our parameters.
 
     Args:
-        names: of the tensors there are, as `plain` leaves them.
-        read: the values of one of them, any floating dtype.
-        config: the model that they are; rows of the vocabulary behind its vocab_size are padding and left out.
-        transposed: linear weights are (out, in), as in nanoGPT.
+        names: names of the existing tensors, without prefixes (see `plain`).
+        read: returns the values of a tensor by name, in any floating dtype.
+        config: the model; vocabulary rows beyond its vocab_size are padding and are left out.
+        transposed: whether linear weights are (out, in), as in nanoGPT.
 
     Returns:
-        The nested dict, float32 arrays of NumPy.
+        The nested dict of float32 NumPy arrays.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or has another shape.
+        CheckpointError: a tensor is missing, unexpected, or has the wrong shape.
     """
     names, ours = set(names), table(config.n_layer)
     wanted = {ours[name]: name for name in flat(shapes(config)) if name != "lm_head.bias"}
@@ -98,11 +99,11 @@ def to_params(
             shown = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
             raise CheckpointError(f"not GPT-2's tensors ({len(found)} {what}: {shown}): import a GPT2LMHeadModel")
 
-    def leaf(path, like):
+    def leaf(path, struct):
         name = name_of(path)
-        if name == "lm_head.bias":  # GPT-2's head has none
-            return np.zeros(like.shape, np.float32)
-        values, shape, third = read(ours[name]), like.shape, name.split(".")[-2]
+        if name == "lm_head.bias":  # GPT-2's head has no bias
+            return np.zeros(struct.shape, np.float32)
+        values, shape, third = read(ours[name]), struct.shape, name.split(".")[-2]
         if name.endswith(".kernel") and (transposed or name == "lm_head.kernel"):
             values = values.T
         if name == "token_embedding_table.embedding":
@@ -114,7 +115,7 @@ def to_params(
             values = values[..., begin : begin + shape[-1]]
         if values.shape != shape:
             raise CheckpointError(
-                f"a tensor of another shape ({ours[name]}, {values.shape} for {name}, not {shape}): "
+                f"a tensor has the wrong shape ({ours[name]}, {values.shape} for {name}, not {shape}): "
                 "correct the sizes in the model's configuration"
             )
         return np.ascontiguousarray(values, np.float32)
@@ -123,15 +124,24 @@ def to_params(
 
 
 def to_tensors(params: dict[str, Any], config: GPTConfig) -> dict[str, np.ndarray]:
-    """Our parameters as Hugging Face's tensors; biases that the model does not have are zeros.
+    """Convert our parameters to Hugging Face's tensors; biases that the model lacks become zeros.
+
+    Args:
+        params: the nested dict of arrays.
+        config: the model.
+
+    Returns:
+        Hugging Face's name -> array.
 
     Raises:
-        FormatError: GPT-2 cannot be this model.
+        FormatError: GPT-2's format cannot represent the model.
     """
     check_form(config)
     ours = {name: np.asarray(leaf) for name, leaf in flat(params).items()}
     if np.any(ours.pop("lm_head.bias", 0)):
-        raise FormatError("GPT-2's head has no bias, this one has (lm_head): export safetensors or stablehlo")
+        raise FormatError(
+            "GPT-2's head has no bias, but this model's has one (lm_head): export safetensors or stablehlo"
+        )
     whole = flat(shapes(dataclasses.replace(config, bias="all")))
     parts: dict[str, list[np.ndarray]] = {}
     for name, theirs in table(config.n_layer).items():
@@ -144,10 +154,10 @@ def to_tensors(params: dict[str, Any], config: GPTConfig) -> dict[str, np.ndarra
 
 
 def check_form(config: GPTConfig) -> None:
-    """Find what GPT-2 does not have.
+    """Check that GPT-2's format can represent a model.
 
     Raises:
-        FormatError: naming each switch.
+        FormatError: it cannot; the message names each switch that is in the way.
     """
     needed = {"positions": "learned", "residual": True, "norm": "layernorm", "projection": True}
     wrong = [f"{name} {getattr(config, name)}" for name, value in needed.items() if getattr(config, name) != value]
@@ -155,18 +165,20 @@ def check_form(config: GPTConfig) -> None:
     if config.lm_head == "none":
         wrong.append("lm_head none")
     if wrong:
-        raise FormatError(f"GPT-2 cannot be this model (model: {', '.join(wrong)}): export safetensors or stablehlo")
+        raise FormatError(
+            f"GPT-2's format cannot represent this model (model: {', '.join(wrong)}): export safetensors or stablehlo"
+        )
 
 
 def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
-    """The model that a config.json of Hugging Face describes.
+    """Convert Hugging Face's config.json to a model configuration.
 
     Args:
         stored: the content of config.json.
-        vocab_size: the tokenizer's.
+        vocab_size: number of ids of the tokenizer.
 
     Raises:
-        CheckpointError: it is not GPT-2's, or one that computes something else.
+        CheckpointError: the model is not GPT-2, or a variant that computes something else.
     """
     fixed = {
         "model_type": "gpt2",
@@ -177,13 +189,13 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
     }
     for name, value in fixed.items():
         if stored.get(name, None if name == "model_type" else value) != value:
-            raise CheckpointError(f"not GPT-2 (config.json, {name} {stored.get(name)}): import one with {value}")
+            raise CheckpointError(f"not GPT-2 (config.json, {name} {stored.get(name)}): import one with {name} {value}")
     activation, C = stored.get("activation_function", "gelu_new"), stored.get("n_embd", 768)
     hidden = stored.get("n_inner") or 4 * C
     if activation not in ACTIVATIONS or hidden % C:
         raise CheckpointError(
-            f"not in this model's reach (config.json, activation_function {activation}, n_inner {hidden}): "
-            f"import one with {', '.join(ACTIVATIONS)} and a multiple of n_embd {C}"
+            f"not supported (config.json, activation_function {activation}, n_inner {hidden}): import a model with "
+            f"activation_function {', '.join(ACTIVATIONS)} and n_inner a multiple of n_embd {C}"
         )
     try:
         return GPTConfig(
@@ -201,14 +213,18 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
             init="scaled",
         )
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"sizes that do not fit (config.json, {error}): restore the file") from None
+        raise CheckpointError(f"inconsistent sizes (config.json, {error}): restore the file") from None
 
 
 def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """What Hugging Face's config.json says of a model.
+    """Convert a model configuration to the content of Hugging Face's config.json.
+
+    Args:
+        config: the model.
+        end_of_text: id of the end-of-text token, None if the tokenizer has none.
 
     Raises:
-        FormatError: GPT-2 cannot be this model.
+        FormatError: GPT-2's format cannot represent the model.
     """
     check_form(config)
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
@@ -234,10 +250,15 @@ def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
 
 
 def nanogpt_config(stored: dict[str, Any], vocab_size: int, tied: bool) -> GPTConfig:
-    """The model that the `model_args` of nanoGPT's ckpt.pt describe.
+    """Convert the `model_args` of nanoGPT's ckpt.pt to a model configuration.
+
+    Args:
+        stored: the `model_args`.
+        vocab_size: number of ids of the tokenizer.
+        tied: whether the head shares the token embedding.
 
     Raises:
-        CheckpointError: they are not nanoGPT's.
+        CheckpointError: these are not nanoGPT's `model_args`.
     """
     try:
         sizes = {name: stored[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}

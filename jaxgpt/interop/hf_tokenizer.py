@@ -1,4 +1,4 @@
-"""A tokenizer as Hugging Face's two files: tokenizer.json, and tokenizer_config.json that tells how to load it."""
+"""Hugging Face's tokenizer files: tokenizer.json, and tokenizer_config.json, which says how to load it."""
 
 import json
 import pathlib
@@ -10,7 +10,13 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def write(folder: pathlib.Path, tokenizer: Tokenizer, block_size: int) -> None:
-    """Write both files; an alphabet becomes BPE that merges nothing."""
+    """Write both files into a folder; a character tokenizer becomes BPE without merges.
+
+    Args:
+        folder: an existing folder.
+        tokenizer: the tokenizer.
+        block_size: the longest input of the model, in tokens.
+    """
     if isinstance(tokenizer, CharTokenizer):
         text = json.dumps(_characters(tokenizer.alphabet), ensure_ascii=False)
         (folder / FILE).write_text(text, encoding="utf-8")
@@ -19,7 +25,7 @@ def write(folder: pathlib.Path, tokenizer: Tokenizer, block_size: int) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "clean_up_tokenization_spaces": False,  # decoding gives the text, not a tidier one
+        "clean_up_tokenization_spaces": False,  # decoding must return the exact text
     }
     if tokenizer.end_of_text is not None:
         config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
@@ -27,10 +33,10 @@ def write(folder: pathlib.Path, tokenizer: Tokenizer, block_size: int) -> None:
 
 
 def read(path: pathlib.Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json: what `write` wrote, or GPT-2's form of byte-level BPE.
+    """Read a tokenizer.json that `write` wrote, or one of GPT-2's byte-level BPE.
 
     Raises:
-        TokenizerError: it is another tokenizer, or the library tokenizers is not installed.
+        TokenizerError: this is another kind of tokenizer, or the library tokenizers is not installed.
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -44,7 +50,7 @@ def read(path: pathlib.Path) -> Tokenizer:
 
 
 def _characters(alphabet: str) -> dict:
-    """tokenizer.json of an alphabet."""
+    """The content of tokenizer.json for an alphabet."""
     model = {
         "type": "BPE",
         "dropout": None,

@@ -1,4 +1,4 @@
-"""Files of a model on Hugging Face's hub, by name and pinned commit. Safetensors only: they hold no code."""
+"""Downloads of models from Hugging Face's hub, by name and pinned commit: safetensors only, which hold no code."""
 
 import pathlib
 import re
@@ -16,12 +16,15 @@ NAME = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 
 
 def is_name(text: str) -> bool:
-    """Whether a text names a model: one of the four, or OWNER/NAME@COMMIT."""
+    """Return whether a text is the name of a pinned model, or OWNER/NAME@COMMIT."""
     return text in PINNED or NAME.fullmatch(text) is not None
 
 
 def fetch(name: str) -> pathlib.Path:
-    """The folder with a model's files, downloaded once into the hub's own cache.
+    """Download the files of a model, once, into the cache of the hub's library.
+
+    Returns:
+        The folder with the files.
 
     Raises:
         DownloadError: the hub is out of reach, has no such files, or its library is not installed.
@@ -35,7 +38,7 @@ def fetch(name: str) -> pathlib.Path:
         ) from None
     try:
         return pathlib.Path(snapshot_download(repository, revision=commit, allow_patterns=FILES))
-    except Exception as error:  # the library raises those of its HTTP client, of several kinds
+    except Exception as error:  # the library lets errors of its HTTP client through
         said = " ".join(str(error).split())[:200]
         raise DownloadError(
             f"cannot download the model (--from {name}, {type(error).__name__}: {said}): copy its config.json, "

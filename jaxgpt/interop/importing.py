@@ -1,4 +1,4 @@
-"""`jaxgpt import`: GPT-2's weights, from Hugging Face's files or nanoGPT's ckpt.pt, as a run directory."""
+"""`jaxgpt import`: make a run directory from GPT-2's weights in Hugging Face's files or nanoGPT's ckpt.pt."""
 
 import dataclasses
 import json
@@ -26,53 +26,54 @@ from jaxgpt.runs.directory import TOKENIZER, OtherRunError, open_run
 from jaxgpt.tokenizer import CharTokenizer, Tokenizer, TokenizerError
 
 INDEX, ONE_FILE, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
-GPT2_ROWS = (50257, 50304)  # of GPT-2's vocabulary: its ids, and nanoGPT's padding of them
+GPT2_ROWS = (50257, 50304)  # rows of GPT-2's vocabulary: its ids, and the padded table of nanoGPT
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportArgs:
-    """Make a run directory of GPT-2's weights: sample, evaluate, and train on from it."""
+    """Make a run directory from GPT-2's weights, to sample from it, evaluate it and continue its training."""
 
     from_: str
-    """Folder that transformers saved (config.json, model.safetensors, tokenizer.json), nanoGPT's ckpt.pt, or a name on
+    """Folder saved by transformers (config.json, model.safetensors, tokenizer.json), nanoGPT's ckpt.pt, or a name on
     Hugging Face's hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME@COMMIT."""
     run: str
-    """Run directory to make."""
+    """Run directory to create."""
     tokenizer: str | None = None
-    """gpt2, a tokenizer.json, or nanoGPT's meta.pkl; by default what lies beside the weights, or gpt2 for a ckpt.pt of
-    GPT-2's vocabulary."""
+    """gpt2, a tokenizer.json, or nanoGPT's meta.pkl; by default the tokenizer.json beside the weights, or gpt2 for a
+    ckpt.pt with GPT-2's vocabulary."""
 
 
 class Weights(NamedTuple):
-    """A model as it was found; nothing is read before `read`."""
+    """The weights of a model in its files; values are read only by `read`."""
 
     names: dict[str, Any]
-    """GPT-2's name of each tensor -> where it is."""
+    """GPT-2's name of each tensor -> its location, the argument of `read`."""
     read: Callable[[Any], np.ndarray]
     model: Callable[[int], GPTConfig]
-    """The configuration, for so many ids."""
+    """Returns the configuration for a number of ids."""
     transposed: bool
     folder: pathlib.Path
 
 
 class Imported(NamedTuple):
-    """What `import_run` made."""
+    """The result of `import_run`."""
 
     model: GPTConfig
     parameters: int
     padding: int
-    """Rows of the vocabulary that no id of the tokenizer stands for, left out."""
+    """Number of vocabulary rows left out because the tokenizer has no id for them."""
 
 
 def import_run(args: ImportArgs) -> Imported:
-    """Make a run directory whose step 0 has the weights.
+    """Make a run directory whose checkpoint of step 0 has the weights.
 
     Raises:
         OtherRunError: the directory is not empty.
-        BusyError, StorageError: it is another process's, or cannot be written.
-        CheckpointError: the weights are not there, damaged, or not GPT-2's.
-        TokenizerError: there is no tokenizer, or it does not fit.
-        DownloadError: a name cannot be downloaded.
+        BusyError: another process uses the directory.
+        StorageError: the directory cannot be written.
+        CheckpointError: the weights are missing, damaged, or not GPT-2's.
+        TokenizerError: there is no tokenizer, or it does not fit the weights.
+        DownloadError: the model cannot be downloaded.
     """
     target = epath.Path(args.run)
     if target.exists() and any(target.iterdir()):
@@ -81,7 +82,9 @@ def import_run(args: ImportArgs) -> Imported:
     tokenizer = find_tokenizer(args, weights)
     rows, ids = weights.read(weights.names["wte.weight"]).shape[0], tokenizer.vocab_size
     if rows < ids:
-        raise TokenizerError(f"the model has {rows} ids, the tokenizer {ids} (--tokenizer): name the model's own")
+        raise TokenizerError(
+            f"the model has {rows} ids, the tokenizer {ids} (--tokenizer): name the model's own tokenizer"
+        )
     model = weights.model(ids)
     params = gpt2.to_params(
         weights.names, lambda name: weights.read(weights.names[name]), model, transposed=weights.transposed
@@ -97,8 +100,8 @@ def import_run(args: ImportArgs) -> Imported:
 
 
 def configuration(run_dir: str, model: GPTConfig) -> Config:
-    """The configuration of an imported run; its optimizer's is for training on, gently."""
-    chunks = 8 if model.block_size % 8 == 0 else 1  # the logits of a whole batch of windows would fill the memory
+    """Return the configuration of an imported run; its small learning rate is for continued training."""
+    chunks = 8 if model.block_size % 8 == 0 else 1  # the logits of a whole batch would fill the memory
     return Config(
         model=model,
         data=DataConfig(tokenizer=f"{run_dir}/{TOKENIZER}"),
@@ -109,11 +112,11 @@ def configuration(run_dir: str, model: GPTConfig) -> Config:
 
 
 def find(source: str) -> Weights:
-    """The weights that `--from` names.
+    """Find the weights that `--from` names.
 
     Raises:
-        CheckpointError: there are none, or not of a known kind.
-        DownloadError: a name cannot be downloaded.
+        CheckpointError: there are no weights of a known format.
+        DownloadError: the model cannot be downloaded.
     """
     path = pathlib.Path(source).expanduser()
     if not path.exists() and hub.is_name(source):
@@ -127,16 +130,16 @@ def find(source: str) -> Weights:
     if path.suffix == ".pt" and path.is_file():
         return nanogpt(path)
     raise CheckpointError(
-        f"no weights there (--from, {source}): name a folder with config.json and {ONE_FILE}, nanoGPT's ckpt.pt, "
+        f"no weights found (--from, {source}): name a folder with config.json and {ONE_FILE}, nanoGPT's ckpt.pt, "
         f"{', '.join(hub.PINNED)}, or OWNER/NAME@COMMIT on the hub"
     )
 
 
 def huggingface(folder: pathlib.Path) -> Weights:
-    """What transformers saved: one safetensors file, several with an index, or PyTorch's archive.
+    """Open a folder saved by transformers: one safetensors file, several with an index, or PyTorch's archive.
 
     Raises:
-        CheckpointError: the files are damaged, or not GPT-2's.
+        CheckpointError: the files are missing, damaged, or not GPT-2's.
     """
     stored = _json(folder / "config.json")
     if (folder / INDEX).is_file():
@@ -147,7 +150,7 @@ def huggingface(folder: pathlib.Path) -> Weights:
         opened = [safe_open(folder / name, framework="np") for name in files]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"damaged safetensors ({folder}, {error}): copy the file again") from None
-    where = {gpt2.plain(name): (file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (no mapping)
+    where = {gpt2.plain(name): (file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
     def read(found):
         file, name = found
@@ -162,10 +165,10 @@ def huggingface(folder: pathlib.Path) -> Weights:
 
 
 def nanogpt(path: pathlib.Path) -> Weights:
-    """nanoGPT's ckpt.pt; its activation is taken to be nn.GELU, which is not in the file.
+    """Open nanoGPT's ckpt.pt. The activation is assumed to be nn.GELU, since the file does not name it.
 
     Raises:
-        CheckpointError: it is damaged, another file, or holds more than tensors and plain data.
+        CheckpointError: the file is damaged, is not nanoGPT's, or holds more than tensors and plain data.
 
     Source: github.com/karpathy/nanoGPT, train.py and model.py.
     """
@@ -180,10 +183,14 @@ def nanogpt(path: pathlib.Path) -> Weights:
 
 
 def find_tokenizer(args: ImportArgs, weights: Weights) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names, or that belongs to the weights.
+    """Find the tokenizer that `--tokenizer` names, or the one that belongs to the weights.
+
+    Args:
+        args: the arguments of the command.
+        weights: the weights to import.
 
     Raises:
-        TokenizerError: there is none, or it cannot be used.
+        TokenizerError: there is no tokenizer, or it cannot be used.
     """
     beside, spec = weights.folder / hf_tokenizer.FILE, args.tokenizer
     if spec is None and beside.is_file():
@@ -202,19 +209,19 @@ def find_tokenizer(args: ImportArgs, weights: Weights) -> Tokenizer:
         try:
             return CharTokenizer("".join(meta["itos"][i] for i in range(len(meta["itos"]))))
         except (KeyError, TypeError, ValueError) as error:
-            raise TokenizerError(f"not nanoGPT's meta.pkl (--tokenizer, {spec}, {error}): name its file") from None
+            raise TokenizerError(f"not nanoGPT's meta.pkl (--tokenizer, {spec}, {error}): name that file") from None
     return hf_tokenizer.read(pathlib.Path(spec))
 
 
 def _state_dict(state: Any) -> dict[str, Tensor]:
-    """The tensors of a state_dict by GPT-2's names."""
+    """The tensors of a state_dict, by GPT-2's names."""
     tensors = state.items() if isinstance(state, dict) else ()
     return {gpt2.plain(name): tensor for name, tensor in tensors if isinstance(tensor, Tensor)}
 
 
 def _named(names: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
     if "wte.weight" not in names:
-        raise CheckpointError(f"no GPT-2 in the file ({path}): import nanoGPT's ckpt.pt, or a folder of transformers")
+        raise CheckpointError(f"no GPT-2 weights ({path}): import nanoGPT's ckpt.pt, or a folder saved by transformers")
     return names
 
 
@@ -223,7 +230,7 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(stored, dict):
             return stored
-        error = "no object"
+        error = "not a JSON object"
     except (OSError, ValueError) as caught:
         error = caught
-    raise CheckpointError(f"cannot read ({path}, {error}): restore the file") from None
+    raise CheckpointError(f"cannot read the file ({path}, {error}): restore it") from None

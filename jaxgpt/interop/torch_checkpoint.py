@@ -1,8 +1,8 @@
-"""PyTorch's files without PyTorch, and without running what they hold.
+"""A reader for PyTorch's files that needs no PyTorch and runs no code from them.
 
-`torch.save` writes a zip archive: a pickle of everything, and the bytes of each tensor beside it. A pickle may name any
-function to call. This reader knows the few names that tensors need and makes descriptions out of them; any other name
-is refused before anything is called.
+`torch.save` writes a zip archive: one pickle of the whole object, and the bytes of each tensor beside it. A pickle may
+name any function to call. This reader accepts the few names that tensors need, and turns tensors into descriptions. It
+refuses any other name before anything is called.
 """
 
 import collections
@@ -32,7 +32,7 @@ STORAGES = {
 
 
 class Tensor(NamedTuple):
-    """Where a tensor's values are; nothing is read before `TorchFile.read`. Offset and strides count elements."""
+    """A description of a tensor, to be read by `TorchFile.read`. Offset and strides count elements."""
 
     dtype: np.dtype
     storage: str
@@ -42,7 +42,7 @@ class Tensor(NamedTuple):
 
 
 def _describe(storage, offset, shape, strides, *_) -> Tensor:
-    """Stands in for torch._utils._rebuild_tensor_v2."""
+    """A replacement for torch._utils._rebuild_tensor_v2."""
     return Tensor(*storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
@@ -64,44 +64,51 @@ class _Unpickler(pickle.Unpickler):
         return KNOWN[module, name]
 
     def persistent_load(self, saved):
-        _, dtype, key, *_ = saved  # "storage", its type, its file, the device that it was on, its length
+        _, dtype, key, *_ = saved  # "storage", type, file name, device, length
         return dtype, str(key)
 
 
 def unpickle(file, path: str | pathlib.Path) -> Any:
-    """The plain data and tensor descriptions of a pickle.
+    """Read a pickle of plain data and tensors.
+
+    Args:
+        file: a binary file.
+        path: the name of the file in error messages.
+
+    Returns:
+        The plain data, with a `Tensor` in place of each tensor.
 
     Raises:
-        CheckpointError: it is damaged, or names anything besides tensors and plain data.
+        CheckpointError: the pickle is damaged, or holds more than tensors and plain data.
     """
     try:
         return _Unpickler(file).load()
     except _Refused as error:
         raise CheckpointError(
-            f"refused to run code from the file ({path}, {error}): save tensors and plain numbers and texts only"
+            f"refused to run code from the file ({path}, {error}): save only tensors, numbers and strings"
         ) from None
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle can raise any exception
         raise CheckpointError(f"damaged file ({path}, {_said(error)}): copy it again") from None
 
 
 class TorchFile:
-    """What `torch.save` wrote: `content` is plain data, with a Tensor wherever there is a tensor."""
+    """A file that `torch.save` wrote; `content` is plain data, with a `Tensor` in place of each tensor."""
 
     def __init__(self, path: str | pathlib.Path):
         """Open a file.
 
         Raises:
-            CheckpointError: it is not such an archive, is damaged, or holds more than tensors and plain data.
+            CheckpointError: the file is no such archive, is damaged, or holds more than tensors and plain data.
         """
         self.path = path
-        again = "torch.save(torch.load(FILE, weights_only=True), FILE) with a recent PyTorch writes it again"
+        remedy = "rewrite it with a recent PyTorch: torch.save(torch.load(FILE, weights_only=True), FILE)"
         try:
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile:
-            raise CheckpointError(f"not PyTorch's zip archive ({path}): {again}") from None
+            raise CheckpointError(f"not PyTorch's zip archive ({path}): {remedy}") from None
         pickles = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise CheckpointError(f"not PyTorch's zip archive ({path}, {len(pickles)} data.pkl): {again}")
+            raise CheckpointError(f"not PyTorch's zip archive ({path}, {len(pickles)} data.pkl): {remedy}")
         self._folder = pickles[0].removesuffix("data.pkl")
         if self._folder + "byteorder" in self._zip.namelist() and self._bytes("byteorder") != b"little":
             raise CheckpointError(f"written on a big-endian machine ({path}): save it again on a little-endian one")
@@ -109,10 +116,10 @@ class TorchFile:
             self.content = unpickle(file, path)
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """The values of a tensor of `content`, read-only.
+        """Read the values of a tensor of `content`, as a read-only array.
 
         Raises:
-            CheckpointError: the archive does not hold them.
+            CheckpointError: the archive does not hold the values.
         """
         data, size = self._bytes(f"data/{tensor.storage}"), tensor.dtype.itemsize
         if not math.prod(tensor.shape):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run directory: orbax writes the arrays, a manifest written last makes a step valid."""
+"""Checkpoints of a run directory: orbax writes the arrays, and a manifest, written last, makes a step valid."""
 
 import concurrent.futures
 import contextlib
@@ -14,20 +14,25 @@ from typing import Any
 import jax
 from etils import epath
 
-from jaxgpt.runs import manifest
 from jaxgpt.errors import CheckpointError, JaxgptWarning
 from jaxgpt.files import storage
+from jaxgpt.runs import manifest
 from jaxgpt.runs.manifest import MANIFEST
 
 ARRAYS = "state"
 
 
 class CheckpointWarning(JaxgptWarning):
-    """A checkpoint is passed over, or a run continues in other circumstances."""
+    """A checkpoint is skipped, or a run continues under different circumstances."""
 
 
 class Checkpoints:
-    """The steps below `<run directory>/checkpoints`."""
+    """The checkpoints below `<run directory>/checkpoints`, one folder per step.
+
+    Args:
+        directory: a local path, or a folder on an object store.
+        keep: how many of the latest checkpoints to keep; the best one is kept as well.
+    """
 
     def __init__(self, directory: str | pathlib.Path, keep: int = 2):
         remote = storage.is_remote(directory)
@@ -39,7 +44,7 @@ class Checkpoints:
 
     @cached_property
     def _orbax(self):
-        import orbax.checkpoint as ocp  # here, since it takes half a second: whatever only asks for steps does without
+        import orbax.checkpoint as ocp  # imported late: it takes half a second, and listing steps does not need it
 
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
@@ -50,17 +55,17 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """The steps that have a manifest, oldest first."""
+        """Return the steps that have a manifest, oldest first."""
         return [step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()]
 
     def best(self, without: Set[int] = frozenset()) -> int | None:
-        """The step with the lowest validation loss, the latest where none was measured, None where there is no step."""
+        """Find the step with the lowest validation loss, or the latest if none was measured; None if there is none."""
         losses = {step: self._val_loss(step) for step in self.steps() if step not in without}
         measured = [step for step in losses if losses[step] is not None]
         return min(measured, key=losses.__getitem__) if measured else max(losses, default=None)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What `save` was told about a step.
+        """Read the manifest of a step: the facts that were given to `save`, and the list of files.
 
         Raises:
             CheckpointError: there is no such step, or its manifest is damaged.
@@ -69,13 +74,13 @@ class Checkpoints:
         try:
             return manifest.read(folder)
         except FileNotFoundError:
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise CheckpointError(f"no checkpoint of step {step} ({self.directory}): there are {there}") from None
+            saved = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(f"no checkpoint of step {step} ({self.directory}): saved steps are {saved}") from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"checkpoint {step} cannot be used ({folder}, {error}): use another step") from None
 
     def find_damage(self, step: int) -> str | None:
-        """What is wrong with a step's files, None where each has the sha256 that it was saved with.
+        """Describe the first damage found in a step's files; None if each has the sha256 that it was saved with.
 
         Raises:
             CheckpointError: a file cannot be read, or another version of jaxgpt wrote the step.
@@ -87,25 +92,25 @@ class Checkpoints:
                 return str(error)
             except (OSError, manifest.OtherFormatError) as error:
                 raise CheckpointError(
-                    f"checkpoint {step} cannot be read ({self.directory / str(step)}, {error}): repair that, "
+                    f"checkpoint {step} cannot be read ({self.directory / str(step)}, {error}): fix that, "
                     "or use another step"
                 ) from error
             self._verified.add(step)
         return None
 
     def newest(self, interval: int) -> int | None:
-        """The newest undamaged step to continue from, for the one process that writes here.
+        """Find the newest undamaged step to continue from; only the process that writes here may call this.
 
-        Damaged steps are set aside as `N.corrupt`; those and the unfinished ones are named in warnings.
+        Damaged steps are renamed to `N.corrupt`. A warning names each damaged and each unfinished step.
 
         Args:
-            interval: steps between two checkpoints; the first save cannot have been cut off behind it.
+            interval: steps between two checkpoints. An unfinished step beyond it was not the first save.
 
         Returns:
-            The step, None where nothing was saved yet.
+            The step, or None if nothing was saved yet.
 
         Raises:
-            CheckpointError: something was saved, and nothing of it can be used.
+            CheckpointError: checkpoints were saved, but none of them is usable.
         """
         found = None
         for step in reversed(self.steps()):
@@ -121,52 +126,55 @@ class Checkpoints:
         if found is None and (aside or max(unfinished, default=0) > interval):
             names = ", ".join([*aside, *map(str, unfinished)])
             raise CheckpointError(
-                f"no checkpoint is left that can be used ({self.directory}, {names}): restore one from a copy, "
-                "or delete the run directory to begin again"
+                f"no usable checkpoint is left ({self.directory}, {names}): restore one from a copy, "
+                "or delete the run directory to start over"
             )
         return found
 
     def best_undamaged(self) -> int | None:
-        """The best step, leaving out damaged ones with a warning; None where nothing was saved yet. Changes nothing.
+        """Find the best undamaged step, with a warning for each damaged one. Changes no files.
+
+        Returns:
+            The step, or None if nothing was saved yet.
 
         Raises:
-            CheckpointError: something was saved, and nothing of it can be used.
+            CheckpointError: checkpoints were saved, but none of them is usable.
         """
         damaged: set[int] = set()
         while (step := self.best(damaged)) is not None and (damage := self.find_damage(step)):
-            if step in self.steps():  # else the run that trains here has just removed it
+            if step in self.steps():  # otherwise the run that trains here has just removed it
                 damaged.add(step)
-                _warn(f"checkpoint {step} is damaged ({self.directory / str(step)}, {damage}): it is not used")
+                _warn(f"checkpoint {step} is damaged ({self.directory / str(step)}, {damage}): skipped")
         if step is None and damaged:
-            raise CheckpointError(f"no checkpoint is left that can be used ({self.directory}): restore one from a copy")
+            raise CheckpointError(f"no usable checkpoint is left ({self.directory}): restore one from a copy")
         return step
 
-    def check_space(self, like: Any, saves: int) -> None:
-        """Find out before the first step whether the saves to come have room.
+    def check_space(self, shapes: Any, saves: int) -> None:
+        """Check, before the first step, that the disk has room for the checkpoints to come.
 
         Args:
-            like: the state, as arrays or their descriptions.
-            saves: how many will be made.
+            shapes: the state, as arrays or `ShapeDtypeStruct`s.
+            saves: the number of checkpoints to be saved.
 
         Raises:
-            StorageError: they have not.
+            StorageError: there is too little space.
         """
-        there, room = len(self.steps()), storage.free(self.directory)
-        each = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        more = min(saves, self.keep + 1 - there)  # the last one is written before the first one is removed
-        if room is not None and more * each > room:
+        saved, free = len(self.steps()), storage.free(self.directory)
+        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        more = min(saves, self.keep + 1 - saved)  # the newest is written before the oldest is removed
+        if free is not None and more * size > free:
             raise storage.StorageError(
-                f"too little space ({self.directory}, {storage.size(room)} free, {more} checkpoints of "
-                f"{storage.size(each)}): free space, name another --run.dir, or lower --run.keep"
+                f"too little space ({self.directory}, {storage.size(free)} free, {more} checkpoints of "
+                f"{storage.size(size)}): free space, name another --run.dir, or lower --run.keep"
             )
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Copy the state off the device and write it in the background; the previous save is finished first.
+        """Copy the state off the device and write it in the background, after waiting for the previous save.
 
         Args:
-            step: the name of the checkpoint; one that is there already is left alone.
+            step: names the checkpoint; an existing checkpoint is left alone.
             state: a pytree of arrays.
-            facts: what the manifest says besides the step, `val_loss` (float or None) among it.
+            facts: further entries of the manifest, as JSON types, including `val_loss` (float or None).
 
         Raises:
             StorageError: this save or the previous one cannot be written.
@@ -178,35 +186,35 @@ class Checkpoints:
 
         with storage.failures(self.directory):
             if jax.process_index() == 0:
-                self._remove(step)  # what a killed save left
+                self._remove(step)  # left behind by a save that was killed
             self._orbax.save(self.directory / str(step) / ARRAYS, args=ocp.args.PyTreeSave(state), force=True)
         facts = {"step": step, **facts, "arrays": _signature(state)}
         self._unfinished = self._background.submit(self._finish, step, facts)
 
-    def restore(self, step: int, like: Any) -> Any:
-        """The state of a step, or a part of it.
+    def restore(self, step: int, shapes: Any) -> Any:
+        """Read the state of a step, or a part of it, as arrays.
 
         Args:
             step: a valid step.
-            like: the tree wanted, of arrays or their descriptions: shapes, dtypes and shardings.
+            shapes: the wanted subtree, as arrays or `ShapeDtypeStruct`s; gives shapes, dtypes and shardings.
 
         Raises:
-            CheckpointError: the step is not there, is damaged, or holds other arrays.
+            CheckpointError: the step does not exist, is damaged, or holds different arrays.
         """
-        stored, wanted = self.manifest(step)["arrays"], _signature(like)
+        stored, wanted = self.manifest(step)["arrays"], _signature(shapes)
         for name, array in wanted.items():
             if stored.get(name) != array:
                 raise CheckpointError(
-                    f"checkpoint {step} has another array ({self.directory}, {name}: {stored.get(name)}, not {array}): "
-                    "use the configuration that it was trained with"
+                    f"checkpoint {step} holds a different array ({self.directory}, {name}: {stored.get(name)}, "
+                    f"not {array}): use the configuration that it was trained with"
                 )
         if jax.process_index() == 0 and (damage := self.find_damage(step)):
             raise CheckpointError(f"checkpoint {step} is damaged ({self.directory}, {damage}): use another step")
         import orbax.checkpoint as ocp
 
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-        request = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, shapes)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
+        request = ocp.args.PyTreeRestore(item=shapes, restore_args=restore_args, partial_restore=True)
         try:
             return self._orbax.restore(self.directory / str(step) / ARRAYS, args=request)
         except (ValueError, OSError, KeyError, TypeError) as error:
@@ -216,26 +224,26 @@ class Checkpoints:
             ) from error
 
     def wait(self) -> None:
-        """Return when the last save is on disk and valid.
+        """Wait until the last save is on disk and valid.
 
         Raises:
-            StorageError: it cannot be written.
+            StorageError: the save cannot be written.
         """
         if self._unfinished is not None:
             self._unfinished.result()
 
     def close(self) -> None:
-        """Wait for the last save, as `wait`, and end the threads."""
+        """Wait for the last save, as `wait` does, and stop the background threads."""
         try:
             self.wait()
         finally:
             self._background.shutdown()
             if "_orbax" in vars(self):
-                with contextlib.suppress(Exception):  # orbax repeats what `wait` has raised
+                with contextlib.suppress(Exception):  # orbax raises the error of `wait` again
                     self._orbax.close()
 
     def _folders(self) -> list[int]:
-        """The steps that have a folder, oldest first. A link is none: it may lead out of the run directory."""
+        """The steps that have a folder, oldest first. Links are ignored: they may lead out of the run directory."""
         names = {path.name for path in self.directory.glob("*") if path.is_dir() and not os.path.islink(path)}
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
@@ -246,17 +254,17 @@ class Checkpoints:
             return None
 
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
-        """Make a step valid once its arrays are in place, and remove those no longer kept."""
+        """Make a step valid once its arrays are written, and remove the steps that are no longer kept."""
         first = jax.process_index() == 0
         try:
             with storage.failures(self.directory):
-                self._orbax.wait_until_finished()  # which waits for what the other processes write, too
+                self._orbax.wait_until_finished()  # this waits for the other processes, too
                 if first:
                     manifest.write(self.directory / str(step), facts)
         except BaseException:
             with contextlib.suppress(OSError):
                 if first:
-                    self._remove(step)  # half of a checkpoint takes space away from the next one
+                    self._remove(step)  # a partial checkpoint takes space that the next one needs
             raise
         if first:
             kept = {*self.steps()[-self.keep :], self.best()}
@@ -264,12 +272,12 @@ class Checkpoints:
                 self._remove(other)
 
     def _remove(self, step: int) -> None:
-        """The manifest goes first: what a kill in between leaves is no valid step."""
+        """Remove a step, its manifest first: if a kill interrupts this, no valid step is left."""
         folder = self.directory / str(step)
         if folder.exists():
             (folder / MANIFEST).unlink(missing_ok=True)
             storage.sync(folder)
-            with contextlib.suppress(OSError):  # a file that somebody reads on a network; the next save tries again
+            with contextlib.suppress(OSError):  # another machine may have a file open; the next save tries again
                 folder.rmtree()
 
     def _set_aside(self, step: int, damage: str) -> None:

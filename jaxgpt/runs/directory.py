@@ -1,4 +1,4 @@
-"""A run directory: opened to train in it, or loaded to use what was trained."""
+"""A run directory: open it to train in it, or load it to use the trained model."""
 
 import atexit
 import dataclasses
@@ -39,20 +39,20 @@ class OtherRunError(JaxgptError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run directory holds; `model` has the float32 parameters of `step`."""
+    """A loaded run; `model` has the float32 parameters of `step`."""
 
     dir: pathlib.Path
-    """Of its small files, on this machine."""
+    """Local folder of its small files."""
     config: Config
     tokenizer: Tokenizer
     model: GPT
     step: int
     corpus_sha256: str | None
-    """Of the text that it learned from; None where weights were imported and nothing was learned here."""
+    """Hash of the text that it was trained on; None if its weights were imported and not trained here."""
 
 
 def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
-    """The local folder of a run's small files: its directory, or a fresh copy if that is on an object store (gs://)."""
+    """Return a local folder with the small files of a run (all but checkpoints/); for an object store, it is a copy."""
     if "://" not in str(run_dir):
         return pathlib.Path(run_dir)
     folder, remote = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt-run-")), epath.Path(run_dir)
@@ -64,14 +64,14 @@ def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
 
 
 def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
-    """Load a run, from its directory alone.
+    """Load a run from its directory.
 
     Args:
         run_dir: the run directory.
-        step: which checkpoint; the one with the lowest validation loss by default.
+        step: step of the checkpoint; by default the one with the lowest validation loss.
 
     Raises:
-        CheckpointError: the directory is not a run's, or there is no such checkpoint, or it is damaged.
+        CheckpointError: this is not a run directory, or the checkpoint is missing or damaged.
     """
     folder = files_of(run_dir)
     config, tokenizer = read_files(folder, str(run_dir))
@@ -90,14 +90,14 @@ def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
 
 
 def read_files(folder: pathlib.Path, named: str) -> tuple[Config, Tokenizer]:
-    """The configuration and the tokenizer of a run directory.
+    """Read the configuration and the tokenizer of a run.
 
     Args:
-        folder: of its small files.
-        named: how an error is to name it.
+        folder: local folder of its small files.
+        named: the name of the run directory in error messages.
 
     Raises:
-        CheckpointError: it is no run directory, or a file is damaged.
+        CheckpointError: this is not a run directory, or a file is damaged.
     """
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"not a run directory ({named}, no {CONFIG}): name one that `jaxgpt train` made")
@@ -109,11 +109,7 @@ def read_files(folder: pathlib.Path, named: str) -> tuple[Config, Tokenizer]:
 
 
 def _check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
-    """The small files must be those of the checkpoint: another alphabet or activation would be wrong without a word.
-
-    Raises:
-        CheckpointError: they are not.
-    """
+    """Refuse small files that changed since the checkpoint: another alphabet would go unnoticed and give wrong text."""
     now = configs.flat(config)
     wrong = configs.differences(facts.get("config", now), now)
     found = _sha256(folder / TOKENIZER)
@@ -131,17 +127,28 @@ def _sha256(path: pathlib.Path) -> str:
 
 
 class RunDirectory:
-    """A run directory that this process trains in; `open_run` makes it.
+    """A run directory that this process trains in.
 
     Attributes:
-        config: the configuration of the run, resolved.
+        config: the resolved configuration.
         checkpoints: its checkpoints.
         step: the step to continue from; None for a new run.
-        manifest: what the checkpoint of that step says of itself; empty for a new run.
-        folder: where its small files are on this machine.
+        manifest: the manifest of that step; empty for a new run.
+        folder: local folder of its small files.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, corpus_sha256: str | None):
+        """Open a run directory. Writes nothing, except that damaged checkpoints are renamed.
+
+        Args:
+            config: the resolved configuration.
+            tokenizer: the tokenizer of the text.
+            corpus_sha256: hash of the text; None if weights are imported and not trained here.
+
+        Raises:
+            OtherRunError: the directory belongs to a run of another configuration or text, or `run.resume` is never.
+            CheckpointError: `run.resume` is must and there is no checkpoint, or no checkpoint is usable.
+        """
         self.config, self._tokenizer, self._corpus_sha256 = config, tokenizer, corpus_sha256
         self.checkpoints = Checkpoints(f"{config.run.dir}/{CHECKPOINTS}", config.run.keep)
         self.folder = files_of(config.run.dir)
@@ -150,12 +157,10 @@ class RunDirectory:
         self.manifest = {} if self.step is None else self.checkpoints.manifest(self.step)
 
     def begin(self, shapes: Any) -> None:
-        """Check that there is room for the checkpoints, and write the small files.
-
-        A run that continues keeps its tokenizer.json, byte for byte.
+        """Check that there is room for the checkpoints, and write the configuration and, in a new run, the tokenizer.
 
         Args:
-            shapes: arrays of the state, or their descriptions.
+            shapes: the state, as arrays or `ShapeDtypeStruct`s.
 
         Raises:
             StorageError: there is too little space, or the directory cannot be written.
@@ -173,26 +178,23 @@ class RunDirectory:
         self._begun = True
 
     def restore(self, shapes: TrainState) -> TrainState:
-        """The state of `step`.
-
-        Args:
-            shapes: the shapes, dtypes and shardings that it is to have.
+        """Read the state of `step`, with the shapes, dtypes and shardings of `shapes`.
 
         Raises:
-            CheckpointError: the checkpoint is damaged, or holds other arrays.
+            CheckpointError: the checkpoint is damaged, or holds different arrays.
         """
         return TrainState(**self.checkpoints.restore(self.step, vars(shapes)))
 
     def save(self, step: int, state: dict[str, Any], **facts: Any) -> None:
-        """Write a checkpoint in the background; the small files go with it.
+        """Write a checkpoint in the background, and publish the small files.
 
         Args:
-            step: the steps that the state has behind it.
+            step: number of optimizer steps that led to the state.
             state: a dict of pytrees of arrays.
-            **facts: what the manifest says besides what identifies the run, in JSON's types; `val_loss` is among it.
+            **facts: further entries of the manifest, as JSON types, including `val_loss`.
 
         Raises:
-            StorageError: this checkpoint or the one before cannot be written.
+            StorageError: this checkpoint or the previous one cannot be written.
         """
         if processes.is_first():
             self._publish()
@@ -203,7 +205,7 @@ class RunDirectory:
         """Wait for the last checkpoint, and publish the small files.
 
         Raises:
-            StorageError: one of them cannot be written.
+            StorageError: a file cannot be written.
         """
         try:
             self.checkpoints.close()
@@ -212,7 +214,7 @@ class RunDirectory:
                 self._publish()
 
     def _publish(self) -> None:
-        """Copy the small files to the run directory if that is on an object store."""
+        """Copy the small files to the run directory if it is on an object store."""
         if storage.is_remote(self.config.run.dir):
             remote = epath.Path(self.config.run.dir)
             remote.mkdir(parents=True, exist_ok=True)
@@ -221,38 +223,35 @@ class RunDirectory:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What a manifest says of the run that its checkpoint belongs to."""
+        """The entries of a manifest that identify the run."""
         identity = {
             "corpus_sha256": self._corpus_sha256,
             "tokenizer_sha256": _sha256(self.folder / TOKENIZER),
             "circumstances": circumstances(),
         }
-        if self._corpus_sha256 is not None:  # imported weights may be trained with any settings
+        if self._corpus_sha256 is not None:  # imported weights may be trained with any configuration
             identity["config"] = configs.flat(self.config)
         return identity
 
     def _step_to_continue_from(self) -> int | None:
-        """Check that the directory is this run's, and find the step to continue from; None for a new run."""
+        """Check that the directory belongs to this run, and find the step to continue from; None for a new run."""
         config, now = self.config, configs.flat(self.config)
         began = (self.folder / CONFIG).is_file()
         if began and config.run.resume == "never":
             raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
-        imported = (
-            began and self.checkpoints.steps() == [0] and self.checkpoints.manifest(0)["corpus_sha256"] is None
-        )
+        only_step_0 = began and self.checkpoints.steps() == [0]
+        imported = only_step_0 and self.checkpoints.manifest(0)["corpus_sha256"] is None
         if began:
             before, its_tokenizer = read_files(self.folder, config.run.dir)
             different = configs.differences(configs.flat(before), now)
-            if imported:  # nothing was learned here yet: only the model is decided
+            if imported:  # not trained here yet, so only the model and the tokenizer are fixed
                 different = [field for field in different if field.startswith("model.")]
                 different += [] if tokenizers.same(its_tokenizer, self._tokenizer) else ["the tokenizer"]
             _refuse(config, different)
         found = self.checkpoints.newest(config.run.checkpoint_interval)
+        if found is None and config.run.resume == "must":
+            raise CheckpointError(f"nothing to resume ({config.run.dir}): drop --run.resume must or change --run.dir")
         if found is None:
-            if config.run.resume == "must":
-                raise CheckpointError(
-                    f"nothing to resume ({config.run.dir}): drop --run.resume must, or name another --run.dir"
-                )
             return None
         facts = self.checkpoints.manifest(found)
         text, sha256 = "the text itself, sha256", self._corpus_sha256
@@ -265,50 +264,35 @@ class RunDirectory:
 
 
 def open_run(config: Config, tokenizer: Tokenizer, corpus_sha256: str | None) -> RunDirectory:
-    """Open a run directory to train in it. Writes nothing, except that damaged checkpoints are renamed.
-
-    Args:
-        config: resolved.
-        tokenizer: of the text.
-        corpus_sha256: of the text; None where weights are imported and nothing is learned.
-
-    Raises:
-        OtherRunError: the directory holds a run of another configuration or corpus, or `run.resume` is never.
-        CheckpointError: `run.resume` is must and there is nothing to continue, or all of it is damaged.
-    """
+    """Open a run directory to train in it; see `RunDirectory.__init__`."""
     return RunDirectory(config, tokenizer, corpus_sha256)
 
 
 def _refuse(config: Config, different: list[str]) -> None:
     if different:
         raise OtherRunError(
-            f"the run directory is another run's ({config.run.dir}; {', '.join(different)}): "
-            "name another --run.dir, or repeat that run's settings"
+            f"the run directory belongs to another run ({config.run.dir}; {', '.join(different)}): "
+            "name another --run.dir, or use the configuration of that run"
         )
 
 
 def circumstances() -> dict[str, Any]:
-    """What decides the last bits of a run besides its configuration, corpus and mesh."""
-    threads = os.environ.get("NPROC")  # as XLA counts those of a CPU
-    if threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Return the device kinds, the number of threads and the library versions: they affect the last bits of a run."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = int(os.environ.get("NPROC", cores))  # counted as XLA counts them
     names = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
     kinds = sorted({device.device_kind for device in jax.devices()})
     versions = {name: importlib.metadata.version(name) for name in names}
-    return {"device": ", ".join(kinds), "threads": int(threads), "versions": versions}
+    return {"device": ", ".join(kinds), "threads": threads, "versions": versions}
 
 
 def _warn_of_other_circumstances(before: dict[str, Any]) -> None:
-    before, here = _flat(before), _flat(circumstances())
-    if other := [
-        f"{name} was {before[name]}, now {value}" for name, value in here.items() if before.get(name, value) != value
-    ]:
-        warnings.warn(
-            f"the last bits may differ from those of a run that was never stopped ({'; '.join(other)}): "
-            "continue where it began if that matters",
-            CheckpointWarning,
-            stacklevel=2,
-        )
+    old, new = _flat(before), _flat(circumstances())
+    changed = [f"{name} was {old[name]}, now {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
+    if changed:
+        message = f"the last bits may differ from those of a run that was never interrupted ({'; '.join(changed)}): "
+        message += "continue under the original circumstances if that matters"
+        warnings.warn(message, CheckpointWarning, stacklevel=2)
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:

@@ -1,37 +1,39 @@
-"""Starting a run from another run's weights: its model and its tokenizer, a new optimizer, schedule and text."""
+"""Starting a run from the weights of another run.
+
+The model and the tokenizer are those of the other run; the optimizer state, the schedule and the text are new.
+"""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.errors import CheckpointError
-from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.config import Config, ConfigError
-from jaxgpt.model import GPTConfig
-from jaxgpt.runs.directory import CHECKPOINTS, TOKENIZER, files_of, read_files
+from jaxgpt.errors import CheckpointError
 from jaxgpt.init import state_of
+from jaxgpt.model import GPTConfig
+from jaxgpt.runs.checkpoint import Checkpoints
+from jaxgpt.runs.directory import CHECKPOINTS, TOKENIZER, files_of, read_files
 from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
-FREE = {"dropout", "embedding_dropout", "init", "attention", "remat", "block_size"}  # the weights do not decide these
+FREE = {"dropout", "embedding_dropout", "init", "attention", "remat", "block_size"}  # need not match the weights
 
 
 def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
-    """Compare a new run with the one that it starts from, before its directory is made.
+    """Check, before the directory of a new run is made, that it can start from the run that `run.init_from` names.
 
     Args:
-        config: resolved.
-        tokenizer: of the run's text.
+        config: resolved configuration of the new run.
+        tokenizer: tokenizer of the new run's text.
 
     Returns:
-        The model of the other run; None where the run starts from no other.
+        The model configuration of the other run; None if `run.init_from` is not set.
 
     Raises:
-        CheckpointError: the other run is not there, or has no checkpoint.
-        ConfigError: its model or its tokenizer is another one.
+        CheckpointError: `run.init_from` is not a run directory, or is damaged.
+        ConfigError: the other run has a different model or tokenizer.
     """
     start = config.run.init_from
     if not start:
@@ -40,42 +42,46 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
     ours, theirs = (dataclasses.asdict(model) for model in (config.model, their_config.model))
     if not tokenizers.same(tokenizer, their_tokenizer):
         raise ConfigError(
-            f"another tokenizer than the weights' (--run.init_from, {start}, {their_tokenizer.vocab_size} ids, here "
-            f"{tokenizer.vocab_size}): leave out --data.tokenizer, and prepare folders with --tokenizer "
+            f"the tokenizer differs from that of the weights (--run.init_from, {start}, {their_tokenizer.vocab_size} "
+            f"ids, here {tokenizer.vocab_size}): leave out --data.tokenizer, and prepare folders with --tokenizer "
             f"{start}/{TOKENIZER}"
         )
     different = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
     if ours["block_size"] > theirs["block_size"]:
         different.append("block_size")
     if different:
-        said = ", ".join(f"{name} {theirs[name]}, here {ours[name]}" for name in different)
-        raise ConfigError(f"another model than the weights' (--run.init_from, {start}, {said}): leave these fields out")
+        fields = ", ".join(f"{name} {theirs[name]}, here {ours[name]}" for name in different)
+        raise ConfigError(
+            f"the model differs from that of the weights (--run.init_from, {start}, {fields}): leave these fields out"
+        )
     return their_config.model
 
 
-def initial_state(config: Config, theirs: GPTConfig, tx: optax.GradientTransformation, like: TrainState) -> TrainState:
-    """The state before the first step, with the other run's best weights.
+def initial_state(
+    config: Config, theirs: GPTConfig, tx: optax.GradientTransformation, shapes: TrainState
+) -> TrainState:
+    """Make the state before the first step, with the best weights of the other run.
 
     Args:
         config: as given to `check`.
-        theirs: what `check` returned. Of a longer position table only the first block_size rows are taken.
+        theirs: as returned by `check`. A longer position table is cut to the first block_size rows.
         tx: the optimizer.
-        like: the state's shapes, dtypes and places.
+        shapes: shapes, dtypes and shardings of the state.
 
     Raises:
-        CheckpointError: the weights cannot be read.
+        CheckpointError: the other run has no checkpoint, or its weights cannot be read.
     """
 
-    def described(path, a):
+    def their_shape(path, a):
         positions = any(getattr(entry, "key", None) == "position_embedding_table" for entry in path)
         shape = (theirs.block_size, *a.shape[1:]) if positions else a.shape
         return jax.ShapeDtypeStruct(shape, a.dtype, sharding=a.sharding)
 
-    wanted = jax.tree_util.tree_map_with_path(described, like.params)
+    wanted = jax.tree_util.tree_map_with_path(their_shape, shapes.params)
     with Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}") as checkpoints:
         step = checkpoints.best_undamaged()
         if step is None:
             raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
         params = checkpoints.restore(step, {"params": wanted})["params"]
-    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], params, like.params)
+    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], params, shapes.params)
     return state_of(params, tx)

@@ -1,4 +1,7 @@
-"""What makes a checkpoint valid: a list of its files with size and sha256, sealed with its own, and written last."""
+"""The manifest that makes a checkpoint valid.
+
+It lists every file with its size and sha256, carries a sha256 of itself, and is written last.
+"""
 
 import errno
 import hashlib
@@ -17,7 +20,7 @@ BLOCK_BYTES = 1 << 20
 
 
 class DamagedError(ValueError):
-    """A folder is not what its manifest says, or the manifest not what was written."""
+    """A folder does not match its manifest, or the manifest is not as it was written."""
 
 
 class OtherFormatError(ValueError):
@@ -25,11 +28,11 @@ class OtherFormatError(ValueError):
 
 
 def write(folder: epath.Path, facts: dict[str, Any]) -> None:
-    """Make a folder valid: all of its files are put on the disk and listed, then the list appears in one piece.
+    """Make a folder valid: sync and list all of its files, then write the manifest atomically.
 
     Args:
-        folder: complete; nothing else writes to it.
-        facts: what the manifest says besides the files, in JSON's types.
+        folder: a complete folder that nothing else writes to.
+        facts: further entries of the manifest, as JSON types.
     """
     files = {name: _size_and_sha256(folder / name) for name in sorted(_files(folder)) if name != MANIFEST}
     for name in files:
@@ -41,12 +44,12 @@ def write(folder: epath.Path, facts: dict[str, Any]) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-    """The manifest, without a look at the files.
+    """Read and check the manifest of a folder, without reading the files that it lists.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedError: a byte of it is not as it was written.
-        OtherFormatError: it is as another version of jaxgpt wrote it.
+        FileNotFoundError: there is no manifest.
+        DamagedError: a byte of the manifest has changed.
+        OtherFormatError: another version of jaxgpt wrote the manifest.
     """
     try:
         text = (folder / MANIFEST).read_bytes().decode()
@@ -57,7 +60,7 @@ def read(folder: epath.Path) -> dict[str, Any]:
     if text != _sealed(content):
         raise DamagedError(f"{MANIFEST} was changed")
     if content.get("format") != FORMAT:
-        raise OtherFormatError(f"format {content.get('format')}, this jaxgpt reads {FORMAT}")
+        raise OtherFormatError(f"format {content.get('format')}, but this jaxgpt reads format {FORMAT}")
     files = content.get("files")
     if not isinstance(files, dict) or not all(isinstance(facts, dict) for facts in files.values()):
         raise DamagedError(f"{MANIFEST} lists no files")
@@ -65,15 +68,15 @@ def read(folder: epath.Path) -> dict[str, Any]:
 
 
 def verify(folder: epath.Path) -> None:
-    """Compare every file with the manifest.
+    """Compare every file of a folder with its manifest.
 
     Raises:
-        DamagedError: a file is missing, a link, has another size or sha256, or stands there besides.
+        DamagedError: a file is missing, unlisted, a link, or has another size or sha256.
         OSError: a file cannot be read, which says nothing about its bytes.
     """
-    files, there = read(folder)["files"], set(_files(folder))
+    files, present = read(folder)["files"], set(_files(folder))
     for name, wanted in files.items():
-        if name not in there:  # nor is anything outside of the folder looked at
+        if name not in present:  # so a name that leads out of the folder is never opened
             raise DamagedError(f"{name} is missing")
         if os.path.islink(folder / name):
             raise DamagedError(f"{name} is a link")
@@ -85,21 +88,21 @@ def verify(folder: epath.Path) -> None:
             raise DamagedError(f"{name} cannot be read: {error.strerror}") from None
         for key in ("size", "sha256"):
             if found[key] != wanted.get(key):
-                raise DamagedError(f"{name} has {key} {found[key]}, saved was {wanted.get(key)}")
-    # a hidden file is a file manager's or a network file system's, and orbax does not read it
-    more = [name for name in there - {MANIFEST, *files} if not name.rpartition("/")[2].startswith(".")]
-    if more := sorted(more):
-        raise DamagedError(f"{', '.join(more)} is not of this checkpoint")
+                raise DamagedError(f"{name} has {key} {found[key]}, but was saved with {wanted.get(key)}")
+    # hidden files come from file managers and network file systems, and orbax does not read them
+    extra = [name for name in present - {MANIFEST, *files} if not name.rpartition("/")[2].startswith(".")]
+    if extra:
+        raise DamagedError(f"not part of this checkpoint: {', '.join(sorted(extra))}")
 
 
 def _sealed(content: dict[str, Any]) -> str:
-    """JSON whose first field is the sha256 of the rest. One content has one text, so that any changed byte shows."""
+    """The content as JSON, led by the sha256 of the rest. Each content has one text, so that any changed byte shows."""
     rest = json.dumps(content, indent=1)
     return json.dumps({"sha256": hashlib.sha256(rest.encode()).hexdigest(), **content}, indent=1) + "\n"
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """The files below a folder, as `a/b`; a link to a folder, which may lead anywhere, counts as one."""
+    """The files below a folder, as `a/b`; a link to a folder counts as a file, since it may lead anywhere."""
     for path in folder.iterdir():
         if path.is_dir() and not os.path.islink(path):
             yield from _files(path, f"{prefix}{path.name}/")
@@ -108,7 +111,7 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 
 
 def _size_and_sha256(path: epath.Path, size: int | None = None) -> dict[str, Any]:
-    """Of a file, read in blocks; not read at all where its size is not the one expected."""
+    """The size and sha256 of a file; the sha256 is None if the size is not the expected one."""
     length = path.stat().length
     if size not in (None, length):
         return {"size": length, "sha256": None}

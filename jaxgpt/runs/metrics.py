@@ -1,6 +1,6 @@
-"""Where the numbers of a run go: metrics.jsonl for programs, the console for people.
+"""Metric sinks: metrics.jsonl for programs, and the console for people.
 
-A record is a dict with a `kind`: start, compile, train, eval, early_stop, final. A sink is called with each record.
+A sink is called with each record: a dict whose `kind` is start, compile, train, eval, early_stop or final.
 """
 
 import json
@@ -20,11 +20,16 @@ Sink = Callable[[Record], None]
 
 
 def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> int:
-    """Floating point operations of training on one token, forward and backward.
+    """Count the floating point operations of training on one token, forward and backward.
 
     Args:
-        parameters: all but the position table.
-        n_layer, n_embd, block_size: of the model.
+        parameters: number of parameters, without the position table.
+        n_layer: number of blocks.
+        n_embd: channels.
+        block_size: tokens per window.
+
+    Returns:
+        FLOPs per token.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
@@ -32,13 +37,13 @@ def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int)
 
 
 class JsonLines:
-    """Append each record to a file as one line of JSON, flushed."""
+    """Append each record to a file as one line of JSON, and flush it."""
 
     def __init__(self, path: str | pathlib.Path):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def __call__(self, record: Record) -> None:
-        # JSON has no NaN: a non-finite number becomes null
+        # JSON has no NaN, so a number that is not finite becomes null
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -49,7 +54,7 @@ class JsonLines:
 
 
 class Console:
-    """Say what happens: plain lines, or a progress bar below the lines where stdout is a terminal."""
+    """Print progress as plain lines, with a progress bar below them if stdout is a terminal."""
 
     def __init__(self, steps: int):
         self._steps = steps
@@ -64,13 +69,13 @@ class Console:
         getattr(self, "_" + record["kind"])(record)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._task is not None:
             self._bar.stop()
 
     def _start(self, r: Record) -> None:
-        rows, window = r["batch"]
-        self._tokens_per_step = rows * window
+        rows, block_size = r["batch"]
+        self._tokens_per_step = rows * block_size
         devices = ", ".join(f"{r['devices'].count(kind)} x {kind}" for kind in sorted(set(r["devices"])))
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
         corpus = f"{r['tokens']:,} tokens of {r['vocab_size']:,}"
@@ -79,13 +84,13 @@ class Console:
             alphabet = alphabet if len(alphabet) <= 90 else alphabet[:87] + "..."
             corpus = f"{r['tokens']:,} characters, alphabet of {len(r['alphabet'])}: {alphabet}"
         mesh, before = (", ".join(f"{axis} {size}" for axis, size in r[key].items()) for key in ("mesh", "mesh_before"))
-        mesh += f" (on another mesh, {before}, until now: the last bits may differ)" if mesh != before else ""
+        mesh += f" (until now on another mesh, {before}: the last bits may differ)" if mesh != before else ""
         self._console.print(
             f"devices  {devices} ({versions})\n"
             f"mesh     {mesh}\n"
             f"model    {r['parameters']:,} parameters, computed in {r['dtype']}\n"
             f"corpus   {r['corpus']}: {corpus}\n"
-            f"step     {rows} windows x {window} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
+            f"step     {rows} windows x {block_size} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
             + (f", from the weights of {r['init_from']}" if r["init_from"] and not r["step"] else "")
             + "\ncompile  ... (seconds to a minute the first time)"
@@ -124,7 +129,7 @@ class Console:
 
         if not r["val_loss"] < r["uniform_loss"]:
             self._console.print(
-                f"warning  nothing was learned: guessing uniformly costs ln V = {r['uniform_loss']:.4f}; "
+                f"warning  nothing was learned: a uniform guess has the loss ln V = {r['uniform_loss']:.4f}; "
                 "try another --optim.learning_rate, or a longer text"
             )
 

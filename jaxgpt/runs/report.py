@@ -1,11 +1,11 @@
-"""Pictures from a run directory's files."""
+"""Pictures drawn from the metrics of run directories."""
 
 import json
 import pathlib
 
 
 def read_metrics(run_dir: str | pathlib.Path) -> list[dict]:
-    """The records of metrics.jsonl; a last line cut off by a kill is left out."""
+    """Read the records of metrics.jsonl; a last line that was cut off by a kill is skipped."""
     records = []
     for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -16,9 +16,17 @@ def read_metrics(run_dir: str | pathlib.Path) -> list[dict]:
 
 
 def draw_loss(run_dir: str | pathlib.Path, title: str | None = None) -> pathlib.Path:
-    """Draw training and validation loss over the steps into loss.png, and return its path."""
+    """Draw the training and validation loss over the steps.
+
+    Args:
+        run_dir: local run directory, which gets the picture.
+        title: of the picture; by default the name of the directory.
+
+    Returns:
+        The path of loss.png.
+    """
     records = read_metrics(run_dir)
-    # a resumed run repeats the steps after its last checkpoint: the last record of a step counts
+    # a resumed run repeats the steps after its last checkpoint, so the last record of a step counts
     train = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
     evals = {r["step"]: r for r in records if r["kind"] == "eval"}
     figure = _figure(7, 4.2)
@@ -36,12 +44,15 @@ def draw_loss(run_dir: str | pathlib.Path, title: str | None = None) -> pathlib.
 
 
 def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, float]) -> pathlib.Path:
-    """Draw the validation loss of several runs over their steps, with horizontal lines, into ladder.png.
+    """Draw the validation loss of several runs over their steps.
 
     Args:
-        folder: the directory that holds the run directories and gets the picture.
-        runs: their names, from the worst to the best.
-        lines: losses that need no training, by name.
+        folder: holds the run directories, and gets the picture.
+        runs: names of the run directories, from the highest loss to the lowest.
+        lines: name -> loss of models that need no training, drawn as horizontal lines.
+
+    Returns:
+        The path of ladder.png.
     """
     figure = _figure(8, 5)
     axes = figure.subplots()
@@ -65,7 +76,7 @@ def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, fl
 
 
 def _figure(width: float, height: float):
-    from matplotlib.figure import Figure  # here, so that a run's first step need not wait for it: 0.3 s
+    from matplotlib.figure import Figure  # imported late, so that the first step does not wait 0.3 s for it
 
     return Figure(figsize=(width, height), layout="constrained")
 

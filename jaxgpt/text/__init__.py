@@ -1,1 +1,1 @@
-"""Where text comes from: named corpora, documents, and folders of tokens."""
+"""Sources of text: named corpora, documents, and token folders."""

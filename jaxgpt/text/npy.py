@@ -1,4 +1,4 @@
-"""A .npy file that grows: numpy leaves room in the header for the first axis to become longer."""
+"""A growing .npy file. NumPy leaves room in the header, so that the first axis can become longer."""
 
 import io
 import os
@@ -10,10 +10,15 @@ from jaxgpt.data import DataError
 
 
 class GrowingArray:
-    """A one-dimensional .npy file that is appended to, and whose header is right after `finish`."""
+    """A one-dimensional .npy file that can be appended to; its header is correct after `finish`."""
 
     def __init__(self, path: pathlib.Path, dtype: np.dtype, length: int):
-        """Open the file at a length that `sync` has written before, 0 for a new one; what lies behind is dropped.
+        """Open the file, and cut it back to `length`.
+
+        Args:
+            path: the .npy file.
+            dtype: dtype of its elements.
+            length: number of elements that an earlier `sync` wrote; 0 for a new file.
 
         Raises:
             DataError: the file is shorter.
@@ -30,17 +35,17 @@ class GrowingArray:
         self._file.truncate()
 
     def append(self, array: np.ndarray) -> None:
-        """Add (N,) numbers at the end."""
+        """Append an (N,) array."""
         self._file.write(np.ascontiguousarray(array, self.dtype).data)
         self.length += len(array)
 
     def sync(self) -> None:
-        """Return when everything is on the disk."""
+        """Flush everything to the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self) -> int:
-        """Write the header of the final length and close the file; returns the offset of the first number."""
+        """Write the header with the final length and close the file; return the byte offset of the first element."""
         header = self._header()
         self._file.seek(0)
         self._file.write(header)
@@ -49,7 +54,7 @@ class GrowingArray:
         return len(header)
 
     def close(self) -> None:
-        """Leave the file as it is, to be opened again."""
+        """Close the file without finishing it, so that it can be opened again."""
         self._file.close()
 
     def _header(self) -> bytes:
@@ -60,7 +65,7 @@ class GrowingArray:
 
 
 def first_beyond(path: pathlib.Path, vocab_size: int) -> tuple[int, int] | None:
-    """Place and value of the first integer of a file that is `vocab_size` or more; None if there is none."""
+    """Return index and value of the first id in a .npy file that is `vocab_size` or more; None if there is none."""
     tokens, step = np.load(path, mmap_mode="r"), 1 << 20
     for start in range(0, len(tokens), step):
         bad = tokens[start : start + step] >= vocab_size

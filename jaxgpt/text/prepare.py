@@ -1,7 +1,6 @@
-"""`jaxgpt prepare`: documents to a folder of tokens, streamed, in parallel, and resumable.
+"""`jaxgpt prepare`: turn documents into a token folder, streamed, in parallel, and resumable.
 
-A journal says how much of the two arrays is safely written; after an interruption they are cut back to that, and the
-rest follows. The pieces and their order are the same whatever the number of processes, and so are the files.
+A journal records how much of the arrays is safely on the disk, and an interrupted call continues from there.
 """
 
 import contextlib
@@ -40,20 +39,20 @@ NO_TEXT = "no text in the input (--input, {}): name files with text in them"
 
 @dataclasses.dataclass(frozen=True)
 class PrepareArgs:
-    """Turn text files, JSONL and parquet into a folder of tokens for --data.path."""
+    """Turn text files, JSONL and parquet into a token folder for --data.path."""
 
     input: str
-    """Files or folders, separated by commas: .jsonl and .parquet hold documents, any other file is one document."""
+    """Files or folders, separated by commas; .jsonl and .parquet hold many documents, other files are one document."""
     out: str
-    """Folder to make; after an interruption the same command carries on in it."""
+    """Folder to create; after an interruption the same command continues in it."""
     tokenizer: str = "gpt2"
-    """gpt2, char, a tokenizer.json, or bpe: trained on the input, or on 100 MB from all over it if it is longer."""
+    """gpt2, char, a tokenizer.json, or bpe: trained on the input, or on a sample spread over it if it is large."""
     vocab_size: int | None = None
-    """Ids of the tokenizer that bpe trains."""
+    """Number of ids of the tokenizer that bpe trains."""
     text_field: str = "text"
-    """Where JSONL and parquet have the text."""
+    """JSONL field or parquet column that holds the text."""
     workers: int = cores.count()
-    """Processes; their number does not change the result."""
+    """Number of processes; it does not change the result."""
 
 
 class PrepareError(JaxgptError, ValueError):
@@ -61,18 +60,18 @@ class PrepareError(JaxgptError, ValueError):
 
 
 def prepare(args: PrepareArgs) -> dict[str, Any]:
-    """Make the folder, or carry on with it, or find it finished.
+    """Make the token folder, continue an interrupted one, or find it finished.
 
     Returns:
-        What dataset.json says.
+        The content of dataset.json.
 
     Raises:
-        PrepareError: flags that do not fit, or the folder belongs to other inputs or settings.
+        PrepareError: the flags do not fit together, or the folder belongs to other inputs or settings.
         DataError: an input cannot be read.
         TokenizerError: there is no such tokenizer.
-        Stopped: a signal came; the same command continues.
-        BusyError: another process makes this folder.
-        StorageError: the folder cannot be written.
+        Stopped: a signal arrived; the same command continues.
+        BusyError: another process is making this folder.
+        StorageError: the folder cannot be written to.
     """
     _check(args)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -86,7 +85,7 @@ def prepare(args: PrepareArgs) -> dict[str, Any]:
 
 
 def _finished(args: PrepareArgs, out: pathlib.Path, request: dict[str, Any], console: Console) -> dict[str, Any] | None:
-    """What an earlier call made, if it was asked for the same."""
+    """The content of dataset.json, if an earlier call has finished this request."""
     facts = _earlier(out, DATASET, request)
     if facts is not None:
         (out / JOURNAL).unlink(missing_ok=True)
@@ -117,11 +116,11 @@ def _check(args: PrepareArgs) -> None:
     if args.workers < 1:
         raise PrepareError(f"too few processes (--workers, {args.workers}): use 1 or more")
     if "://" in args.out:
-        raise PrepareError(f"the folder must be a local one (--out, {args.out}): make it here, and copy it then")
+        raise PrepareError(f"the folder must be a local one (--out, {args.out}): make it here, then copy it")
     if (args.tokenizer == "bpe") != (args.vocab_size is not None):
         raise PrepareError(
-            f"only bpe has a size of its own (--vocab_size, {args.vocab_size}; --tokenizer, {args.tokenizer}): "
-            "write --tokenizer bpe --vocab_size 8192, or leave the size out"
+            f"bpe needs --vocab_size, and nothing else takes it ({args.vocab_size} with --tokenizer {args.tokenizer}): "
+            "write --tokenizer bpe --vocab_size 8192, or leave --vocab_size out"
         )
     known = ("gpt2", "char", "bpe")
     if args.tokenizer not in known and not os.path.isfile(args.tokenizer):
@@ -131,7 +130,7 @@ def _check(args: PrepareArgs) -> None:
 
 
 def _request(args: PrepareArgs, files: list[File]) -> dict[str, Any]:
-    """All that decides the result."""
+    """Everything that determines the result."""
     given = f"sha256 {sha256_of(pathlib.Path(args.tokenizer))}" if os.path.isfile(args.tokenizer) else args.tokenizer
     return {
         "tokenizer": given,
@@ -143,17 +142,19 @@ def _request(args: PrepareArgs, files: list[File]) -> dict[str, Any]:
 
 
 def _earlier(out: pathlib.Path, name: str, request: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier call left in the folder, if it was asked for the same."""
+    """The content of a JSON file that an earlier call with the same request left in the folder."""
     try:
         found = json.loads((out / name).read_text(encoding="utf-8"))
         before = found["request"]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        raise PrepareError(f"not a file of this command ({out / name}): delete the folder, or name another") from None
+        raise PrepareError(
+            f"not written by jaxgpt prepare ({out / name}): delete the folder, or name another"
+        ) from None
     if other := [key for key in request if before.get(key) != request[key]]:
         raise PrepareError(
-            f"the folder was begun with other settings ({out}, {', '.join(other)}): delete it, or name another --out"
+            f"the folder was started with other settings ({out}, {', '.join(other)}): delete it, or name another --out"
         )
     return found
 
@@ -188,7 +189,7 @@ def _make_tokenizer(args: PrepareArgs, files: list[File], progress: Progress) ->
 def _tokenise(
     args: PrepareArgs, files: list[File], out: pathlib.Path, journal: dict[str, Any], progress: Progress
 ) -> dict[str, Any]:
-    """Append what the journal lacks, and write dataset.json."""
+    """Append the pieces that the journal lacks, then write dataset.json."""
     vocab_size = tokenizers.load(out / TOKENIZER).vocab_size
     dtype = np.min_scalar_type(vocab_size - 1)
     tokens = GrowingArray(out / TOKENS, dtype, journal["tokens"])
@@ -236,20 +237,27 @@ def _tokenise(
 
 
 def characters(field: str, piece: Piece) -> set[str]:
-    """The characters that occur in a piece."""
+    """Return the set of characters in a piece."""
     return set().union(*(text for text, _ in documents.read(piece, field)))
 
 
 def encode_piece(
     tokenizer: str, sha256: str, field: str, dtype: np.dtype, piece: Piece
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of a piece.
+    """Tokenise a piece.
+
+    Args:
+        tokenizer: path of a tokenizer.json.
+        sha256: hex digest of that file.
+        field: JSONL field or parquet column that holds the text.
+        dtype: unsigned dtype of the ids.
+        piece: one of `documents.pieces`.
 
     Returns:
-        (N,) ids, and the (D,) int64 offsets behind the documents that end in it.
+        (N,) ids in `dtype`, and for each document that ends in the piece the index after its last id, (D,) int64.
 
     Raises:
-        DataError: the piece cannot be read, or has a character that the tokenizer has not.
+        DataError: the piece cannot be read, or has a character that the tokenizer lacks.
     """
     encoder = _tokenizer(tokenizer, sha256)
     end = np.array([] if encoder.end_of_text is None else [encoder.end_of_text], np.int32)
@@ -267,12 +275,12 @@ def encode_piece(
 
 @functools.lru_cache(1)
 def _tokenizer(path: str, sha256: str) -> tokenizers.Tokenizer:
-    """Read once a process; the hash tells two files of one name apart."""
+    """Load a tokenizer once per process; the hash distinguishes two files with the same path."""
     return tokenizers.load(path)
 
 
 def _processes(args: PrepareArgs, files: list[File]) -> int:
-    """Not more than there are pieces: to start one takes seconds."""
+    """No more processes than pieces, as starting one takes seconds."""
     return min(args.workers, max(1, sum(file.size for file in files) // documents.PIECE_BYTES))
 
 

@@ -1,6 +1,6 @@
-"""What a run learns from: a text, whose tokens live on the devices, or prepared folders, which are read as it goes.
+"""Data sources: a text, whose tokens stay on the devices, or token folders, which are read during training.
 
-Both hand out the windows that `step.train_steps` and `step.estimate_loss` take, and the pieces for `step.evaluate`.
+Both provide the windows for `step.train_steps` and `step.estimate_loss`, and the pieces for `step.evaluate`.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from jaxgpt.step import TRAIN, VAL, stream_key
 from jaxgpt.text import corpus, token_folder
 from jaxgpt.tokenizer import Tokenizer
 
-EVALUATED = 1 << 20  # tokens of a folder's validation split on the devices at a time
+EVALUATED = 1 << 20  # tokens of a folder's split on the devices at a time
 
 
 class Text:
@@ -35,28 +35,28 @@ class Text:
         self.tokens = len(self.ids)
 
     def split(self, mesh: Mesh | None, block_size: int) -> None:
-        """Cut training and validation split, and put both on every device."""
+        """Cut the text into the train and val splits, and put both on every device."""
         self.block_size = block_size
         parts = data.split(self.ids, self.train_fraction, self.tokenizer.vocab_size, block_size)
         self.splits = parts if mesh is None else data.Splits(*(sharding.place(mesh, np.asarray(a)) for a in parts))
 
     def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
-        """The batches of steps `first` to `first + n - 1`; see `Source`."""
+        """Return the batches of steps `first` to `first + n - 1`; see `Source`."""
         tokens = self.splits.val if stream == VAL else self.splits.train
         steps = np.arange(first, first + n, dtype=np.int32)
         return data.windows(stream_key(seed, stream), tokens, steps, rows, self.block_size)
 
     def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
-        """The training batches of each call; see `Source`."""
+        """Yield the training batches of each call; see `Source`."""
         return (self.windows(TRAIN, seed, first, n, rows) for first, n in calls)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
-        """A whole split for `evaluate`; `all` is both as one."""
+        """Yield a whole split for `evaluate`; `all` is both splits as one."""
         yield self.ids if split == "all" else getattr(self.splits, split)
 
 
 class Folders:
-    """One or several folders that `jaxgpt prepare` made."""
+    """One or more token folders made by `jaxgpt prepare`."""
 
     def __init__(self, config: DataConfig):
         self.mixture = token_folder.parse_sources(config.path)
@@ -67,18 +67,18 @@ class Folders:
         self.tokenizer = tokenizers.load(folders[0].tokenizer)
         if folders[0].vocab_size != self.tokenizer.vocab_size:
             raise data.DataError(
-                f"a folder of another tokenizer ({folders[0].name}, {folders[0].vocab_size} ids, its tokenizer.json "
-                f"has {self.tokenizer.vocab_size}): prepare the folder again"
+                f"the folder does not fit its tokenizer ({folders[0].name}, {folders[0].vocab_size} ids, "
+                f"tokenizer.json has {self.tokenizer.vocab_size}): prepare the folder again"
             )
         self.tokens = sum(folder.tokens for folder in folders)
 
     def split(self, mesh: Mesh | None, block_size: int) -> None:
-        """Cut training and validation split of each folder."""
+        """Cut each folder into the train and val splits."""
         self.mesh, self.block_size = mesh, block_size
         self.splits = data.Splits(*token_folder.split(self.mixture, self.train_fraction, block_size))
 
     def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
-        """The batches of steps `first` to `first + n - 1`, of which each process reads only the rows of its devices."""
+        """Return the batches of `n` steps; each process reads only the rows of its devices. See `Source`."""
         mixture = self.splits.val if stream == VAL else self.splits.train
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
@@ -90,11 +90,11 @@ class Folders:
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), read)
 
     def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
-        """The training batches of each call, read while the call before is computed; see `Source`."""
+        """Yield the training batches of each call, reading ahead while the previous call computes; see `Source`."""
         return token_folder.prefetched(lambda call: self.windows(TRAIN, seed, *call, rows), calls)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
-        """A whole split for `evaluate`, piece by piece; `all` is both as one."""
+        """Yield a whole split for `evaluate`, in pieces; `all` is both splits as one."""
         size = max(EVALUATED // self.block_size, 1) * self.block_size
         mixture = self.mixture if split == "all" else getattr(self.splits, split)
         for piece in token_folder.consecutive(mixture, size):
@@ -102,23 +102,25 @@ class Folders:
 
 
 Source = Text | Folders
-"""Both have the same methods; `split(mesh, block_size)` is called first.
+"""Both classes have the same methods. Call `split(mesh, block_size)` first.
 
-`windows(stream, seed, first, n, rows)` returns the batches of n steps, (n, rows, T + 1) unsigned integers. The stream
-is TRAIN, ESTIMATE (the training split too) or VAL. `feed(calls, seed, rows)` yields the training windows of each call,
-which is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`.
+`windows(stream, seed, first, n, rows)` returns the batches of the n steps from `first` on, (n, rows, T + 1) unsigned
+integers. The stream is TRAIN or ESTIMATE, both from the train split, or VAL. `feed(calls, seed, rows)` yields the
+training windows of each call; a call is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`.
 """
 
 
 def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:
-    """What a configuration names: the folder or folders in `path`, otherwise a text.
+    """Open the token folders that `config.path` names, otherwise a text.
 
     Args:
         config: as configured.
-        tokenizer: of a text, instead of the one that config names; prepared folders have their own.
+        tokenizer: for a text, replaces the tokenizer that `config` names; token folders have their own.
 
     Raises:
-        CorpusError, DataError, TokenizerError: it cannot be read.
+        CorpusError: the text cannot be read.
+        DataError: a token folder cannot be read.
+        TokenizerError: there is no such tokenizer, or its file is damaged.
     """
     prepared = config.path and (os.path.isdir(os.path.expanduser(config.path)) or "=" in config.path)
     remote = config.path and "://" in config.path
@@ -126,7 +128,7 @@ def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Sourc
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """The facts of a source for the first record of a run."""
+    """Return the facts about a source for the first record of a run."""
     return {
         "corpus": source.name,
         "corpus_sha256": source.sha256,

@@ -1,7 +1,7 @@
-"""Folders of tokens that `jaxgpt prepare` made: opened and verified, and windows read from them.
+"""Token folders made by `jaxgpt prepare`: opening them, verifying them and reading windows from them.
 
-A batch is a pure function of (seed, stream, step), and each process reads only its rows of it. Nothing stays mapped:
-pages of a map that was touched count as memory of the process, and a pass over 10 GB would end with 10 GB.
+A batch is a pure function of (seed, stream, step), and each process reads only its own rows. We do not memory-map the
+tokens: touched pages count as memory of the process, so a pass over 10 GB would end with 10 GB in use.
 """
 
 import concurrent.futures
@@ -32,30 +32,30 @@ A, B = TypeVar("A"), TypeVar("B")
 
 @dataclasses.dataclass(frozen=True)
 class TokenFolder:
-    """A verified folder of tokens."""
+    """A verified token folder."""
 
     name: str
     """As the user wrote it."""
     path: pathlib.Path
-    """Where it lies on this machine."""
+    """Its path on this machine."""
     tokens: int
-    """How many."""
+    """Number of tokens."""
     dtype: np.dtype
-    """The smallest unsigned one that holds the vocabulary."""
+    """The smallest unsigned dtype that holds the vocabulary."""
     offset: int
-    """Of the first token in tokens.npy, in bytes."""
+    """Offset of the first token in tokens.npy, in bytes."""
     vocab_size: int
     sha256: str
-    """Of the tokens' bytes."""
+    """Hex digest of the tokens' bytes."""
     tokenizer: pathlib.Path
     tokenizer_sha256: str
-    """Of tokenizer.json."""
+    """Hex digest of tokenizer.json."""
 
     def read(self, starts: Iterable[int], length: int) -> np.ndarray:
-        """Windows of `length` tokens.
+        """Read the `length` tokens from each start on.
 
         Returns:
-            (len(starts), length) of the stored dtype.
+            (len(starts), length) in the stored dtype.
         """
         starts = list(starts)
         windows = np.empty((len(starts), length), self.dtype)
@@ -68,7 +68,7 @@ class TokenFolder:
 
 
 class Span(NamedTuple):
-    """Tokens of one folder: those with start <= i < stop."""
+    """Tokens `start` to `stop - 1` of one folder."""
 
     folder: TokenFolder
     start: int
@@ -76,30 +76,30 @@ class Span(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """Where windows are drawn from: spans, and the probability of each."""
+    """Spans that windows are drawn from, and the probability of each."""
 
     spans: tuple[Span, ...]
     weights: tuple[float, ...]
 
 
 def open_token_folder(path: str) -> TokenFolder:
-    """Verify a folder, and copy it into the cache folder first where its path is an object store's (gs://, s3://).
+    """Open and verify a token folder; one on an object store (gs://, s3://) is first copied to the cache folder.
 
     Raises:
-        DataError: it is none, not finished, or its bytes are not the ones that were prepared.
+        DataError: it is not a token folder, is unfinished, or its bytes have changed.
     """
     facts = _facts(epath.Path(path).expanduser())
     return _copied(path, facts) if "://" in path else _verified(path, pathlib.Path(path).expanduser(), facts)
 
 
 def parse_sources(path: str) -> Mixture:
-    """Open what `data.path` names: `DIR`, or several as `DIR=WEIGHT,DIR=WEIGHT`.
+    """Open the folders that `data.path` names: `DIR`, or `DIR=WEIGHT,DIR=WEIGHT`.
 
     Returns:
-        A whole span for each folder, and weights that sum to 1.
+        One span per folder, which covers it, and weights that sum to 1.
 
     Raises:
-        DataError: a folder is unusable, a weight is not a positive number, or the tokenizers are not one.
+        DataError: a folder is unusable, a weight is not a positive number, or the tokenizers differ.
     """
     parts = [part.rpartition("=") for part in path.split(",")] if "=" in path else [(path, "=", "1")]
     where = f"--data.path, {path!r}"
@@ -108,22 +108,22 @@ def parse_sources(path: str) -> Mixture:
     except ValueError:
         raise DataError(f"not a weight ({where}): write DIR, or DIR=WEIGHT,DIR=WEIGHT") from None
     if not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise DataError(f"weights must be positive ({where}): write DIR=WEIGHT,DIR=WEIGHT, as a=0.7,b=0.3")
+        raise DataError(f"weights must be positive ({where}): write DIR=WEIGHT,DIR=WEIGHT, such as a=0.7,b=0.3")
     folders = [open_token_folder(name) for name, _, _ in parts]
     for other in folders[1:]:
         if other.tokenizer_sha256 != folders[0].tokenizer_sha256:
             raise DataError(
-                f"folders of different tokenizers ({folders[0].name} {folders[0].tokenizer_sha256[:8]}, "
-                f"{other.name} {other.tokenizer_sha256[:8]}): prepare both with one, --tokenizer FILE"
+                f"the folders have different tokenizers ({folders[0].name} {folders[0].tokenizer_sha256[:8]}, "
+                f"{other.name} {other.tokenizer_sha256[:8]}): prepare both with the same --tokenizer FILE"
             )
     return Mixture(tuple(Span(f, 0, f.tokens) for f in folders), tuple((weights / weights.sum()).tolist()))
 
 
 def split(mixture: Mixture, train_fraction: float, block_size: int) -> tuple[Mixture, Mixture]:
-    """Cut every span in two, the leading `train_fraction` for training and the rest for validation.
+    """Cut every span into the train split, which is its first `train_fraction`, and the val split, which is the rest.
 
     Raises:
-        DataError: a part is shorter than one window and its targets.
+        DataError: a split is shorter than one window and its targets.
     """
     train, val = [], []
     for folder, start, stop in mixture.spans:
@@ -141,45 +141,43 @@ def split(mixture: Mixture, train_fraction: float, block_size: int) -> tuple[Mix
 def draw_windows(
     mixture: Mixture, seed: int, stream: int, step: int, batch_size: int, block_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where the windows of a batch begin: span by weight, then any place in it, with replacement.
+    """Draw where the windows of a batch begin: a span by weight, then a uniform position in it, with replacement.
 
-    A row depends on (seed, stream, step) and its own number. From the generator's raw bits, since numpy keeps those of
-    Philox as they are for ever, while it may change how its distributions use them.
+    A row depends only on (seed, stream, step) and its index. We use the raw bits of the generator: NumPy guarantees
+    those of Philox for ever, but may change how its distributions use them.
 
     Args:
         mixture: spans longer than block_size.
         seed: of the run.
-        stream: a number for each purpose, as 0 for training and 1 for validation.
+        stream: one number per purpose, such as 0 for training and 1 for validation.
         step: in [0, 2**64).
-        batch_size: rows.
-        block_size: inputs a window; its last target is one further.
+        batch_size: windows per batch.
+        block_size: tokens per window; the last target is the token after it.
 
     Returns:
-        (batch_size,) the number of the span, and (batch_size,) the first token, both int64.
+        (batch_size,) index of the span, and (batch_size,) index of the first token in its folder, both int64.
     """
     key, counter = np.array([seed % 2**64, stream], np.uint64), np.array([0, step, 0, 0], np.uint64)
-    raw = np.random.Philox(key=key, counter=counter).random_raw((batch_size, 2))  # a step owns 2**64 blocks of bits
+    raw = np.random.Philox(key=key, counter=counter).random_raw((batch_size, 2))  # each step has 2**64 blocks of bits
     edges = np.cumsum(mixture.weights)[:-1]
     which = np.searchsorted(edges, raw[:, 0] / 2.0**64, side="right")
     room = [span.stop - span.start - block_size for span in mixture.spans]
-    # Python's integers: the product has more than 64 bits
+    # Python integers, because the product has more than 64 bits
     starts = [mixture.spans[s].start + (int(bits) * room[s] >> 64) for s, bits in zip(which, raw[:, 1])]
     return which, np.array(starts, np.int64)
 
 
 def read_windows(
-    mixture: Mixture,
-    seed: int,
-    stream: int,
-    step: int,
-    batch_size: int,
-    block_size: int,
-    rows: slice = slice(None),
+    mixture: Mixture, seed: int, stream: int, step: int, batch_size: int, block_size: int, rows: slice = slice(None)
 ) -> np.ndarray:
-    """The batch of a step, or only some rows of it: what `draw_windows` chose, read from the folders.
+    """Read the windows of a batch that `draw_windows` chose, or only some of its rows.
+
+    Args:
+        mixture, seed, stream, step, batch_size, block_size: as in `draw_windows`.
+        rows: the rows to read.
 
     Returns:
-        (rows, block_size + 1) in the stored dtype: inputs are [:, :-1], targets [:, 1:].
+        (rows, block_size + 1) in the stored dtype: inputs are [:, :-1], targets are [:, 1:].
     """
     which, starts = (array[rows] for array in draw_windows(mixture, seed, stream, step, batch_size, block_size))
     windows = np.empty((len(which), block_size + 1), mixture.spans[0].folder.dtype)
@@ -189,13 +187,13 @@ def read_windows(
 
 
 def consecutive(mixture: Mixture, size: int) -> Iterator[np.ndarray]:
-    """All spans in order, piece by piece, each with the first token of the next one as its last target.
+    """Read all spans in order, in pieces that overlap by one token.
 
-    Predicting within each piece predicts every token of a span but its first exactly once.
+    Predicting within each piece then predicts every token of a span, except its first, exactly once.
 
     Args:
-        mixture: its weights play no part.
-        size: targets a piece; the last one of a span may be shorter.
+        mixture: its weights are ignored.
+        size: targets per piece; the last piece of a span may be shorter.
 
     Yields:
         (at most size + 1,) tokens in the stored dtype.
@@ -206,9 +204,9 @@ def consecutive(mixture: Mixture, size: int) -> Iterator[np.ndarray]:
 
 
 def prefetched(read: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
-    """`map(read, arguments)`, where a thread already reads the next one while the caller works on this one.
+    """Yield `map(read, arguments)`, with a thread reading one item ahead of the caller.
 
-    What `read` raises is raised here, in its turn. Closing the iterator waits for the one read in flight at most.
+    An exception of `read` is raised here when its item is due. Closing the iterator waits for at most one read.
     """
     with concurrent.futures.ThreadPoolExecutor(1, "prefetch") as thread:
         ahead = None
@@ -221,7 +219,7 @@ def prefetched(read: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
 
 
 def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
-    """The sha256 of a file from a byte on, read in blocks."""
+    """Return the hex sha256 of a file from byte `offset` on."""
     digest, block = hashlib.sha256(), bytearray(BLOCK_BYTES)
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
@@ -231,7 +229,7 @@ def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
 
 
 def _facts(folder: epath.Path) -> dict:
-    """dataset.json, which is written last: a folder without it is not finished."""
+    """Read dataset.json, which is written last: a folder without it is unfinished."""
     wanted = {"format": int, "dtype": str, "tokens": int, "vocab_size": int, "sha256": str, "tokenizer_sha256": str}
     try:
         facts = json.loads((folder / DATASET).read_text())
@@ -248,7 +246,7 @@ def _facts(folder: epath.Path) -> dict:
 
 
 def _verified(name: str, folder: pathlib.Path, facts: dict) -> TokenFolder:
-    """The folder, after comparing header, size and hashes with the facts."""
+    """Compare header, size and hashes with dataset.json, and return the folder."""
     again = "prepare the folder again, or copy it again"
     try:
         with open(folder / TOKENS, "rb") as file:
@@ -262,26 +260,26 @@ def _verified(name: str, folder: pathlib.Path, facts: dict) -> TokenFolder:
     for file, wanted in ((TOKENS, facts["sha256"]), (TOKENIZER, facts["tokenizer_sha256"])):
         if found[file] != wanted:
             what = f"{name}/{file}" + (f", {size} bytes of tokens" if file == TOKENS else "")
-            raise DataError(f"a damaged token folder ({what}, sha256 {found[file]}, prepared were {wanted}): {again}")
+            raise DataError(f"a damaged token folder ({what}, sha256 {found[file]} instead of {wanted}): {again}")
     n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
     if (shape, dtype.name) != ((n,), facts["dtype"]):
         raise DataError(f"a damaged token folder ({name}, {dtype} {shape} is not what {DATASET} says): {again}")
     if beyond := npy.first_beyond(folder / TOKENS, facts["vocab_size"]):
         at, token = beyond
-        raise DataError(f"an id beyond the vocabulary ({name}, token {at:,} is {token}, ids go to "
+        raise DataError(f"an id beyond the vocabulary ({name}, token {at:,} is {token}, the last id is "
                         f"{facts['vocab_size'] - 1}): prepare the folder with its own tokenizer")  # fmt: skip
     return TokenFolder(name, folder, n, dtype, offset, facts["vocab_size"], hashes[0], folder / TOKENIZER, hashes[1])
 
 
 def _copied(path: str, facts: dict) -> TokenFolder:
-    """The cache's copy of a remote folder, made if need be; a folder of these hashes is the same wherever it lay."""
+    """Return the cached copy of a remote folder, copying it if needed; the hashes alone name the copy."""
     name = hashlib.sha256(f"{facts['sha256']} {facts['tokenizer_sha256']}".encode()).hexdigest()[:32]
     target = download.cache_dir() / "tokens" / name
     try:
         if target.exists():
             with contextlib.suppress(DataError):
                 return _verified(path, target, facts)
-            shutil.rmtree(target)  # damaged since
+            shutil.rmtree(target)  # damaged since it was copied
         download.make_private(target.parent)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
             fresh = pathlib.Path(temporary) / name
@@ -290,7 +288,7 @@ def _copied(path: str, facts: dict) -> TokenFolder:
                 with (epath.Path(path) / file).open("rb") as source, open(fresh / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, BLOCK_BYTES)
             folder = _verified(path, fresh, facts)
-            if not target.exists():  # another process of this machine may have been faster
+            if not target.exists():  # another process on this machine may have been faster
                 os.replace(fresh, target)
     except OSError as error:
         why = f"cannot copy the token folder ({path} to {target}, {error})"

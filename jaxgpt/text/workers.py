@@ -1,4 +1,4 @@
-"""A function of many items in several processes, in the order of the items."""
+"""Mapping a function over items in worker processes, with the results in order."""
 
 import collections
 import concurrent.futures
@@ -22,12 +22,17 @@ class ProcessError(JaxgptError, RuntimeError):
 
 
 def in_order(function: Callable[[A], B], items: Iterable[A], processes: int) -> Iterator[tuple[A, B]]:
-    """Each item with `function(item)`, computed in processes, at most two in flight for each.
+    """Yield each item with `function(item)`, computed in worker processes.
 
-    The processes are spawned: a fork would copy jax's threads in the middle of what they do.
+    The processes are spawned, because a fork is unsafe while JAX's threads are running.
+
+    Args:
+        function: picklable; called with one item.
+        items: read lazily, at most two per process ahead of the caller.
+        processes: number of worker processes; 1 = compute in this process.
 
     Raises:
-        ProcessError: a process was killed.
+        ProcessError: a worker process was killed.
     """
     if processes == 1:
         yield from ((item, function(item)) for item in items)
@@ -44,14 +49,14 @@ def in_order(function: Callable[[A], B], items: Iterable[A], processes: int) -> 
             yield item, future.result()
     except concurrent.futures.process.BrokenProcessPool:
         raise ProcessError(
-            f"a process was killed (--workers, {processes}): free memory, or use fewer; the same command carries on"
+            f"a process was killed (--workers, {processes}): free memory, or use fewer; the same command continues"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_process() -> None:
-    """Signals are for the parent; should it be killed, nobody would end this process."""
+    """Leave signals to the parent, and exit when it dies, as nobody else would end this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,1 +1,1 @@
-"""Commands around training: plan, doctor, replay, ladder, eval."""
+"""Commands around training: plan, doctor, replay, ladder, eval and sample."""

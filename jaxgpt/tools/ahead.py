@@ -1,6 +1,6 @@
-"""The training step compiled ahead of time, for this machine's devices or for TPUs that are elsewhere.
+"""Ahead-of-time compilation of the training step, for the devices of this machine or for absent TPUs.
 
-Nothing is put on a device: the compiler is given shapes. TPU's compiler is in the libtpu wheel and needs no TPU.
+Nothing is put on a device: the compiler gets only shapes. The TPU compiler is in the libtpu wheel and needs no TPU.
 """
 
 import dataclasses
@@ -24,56 +24,59 @@ from jaxgpt.training import specify
 
 MOST_CHIPS = 256
 ABSENT_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a Google machine's metadata server
+    "TPU_SKIP_MDS_QUERY": "1",  # otherwise libtpu queries the metadata server of a Google machine
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling, or training
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling or training
 }
 
 
 class Target(NamedTuple):
-    """Devices to plan for."""
+    """The devices to plan for."""
 
     name: str
     devices: list[jax.Device] | None
-    """None where there is no compiler for them."""
+    """None if there is no compiler for them."""
     n: int
     chip: chips.Chip | None
     platform: str
-    """jax's name: cpu, gpu, tpu."""
+    """JAX's name: cpu, gpu or tpu."""
 
     @property
     def room(self) -> int | None:
-        """Bytes of memory that jax takes of a device: three quarters of a GPU's if nothing else is said."""
+        """Bytes of memory per device that JAX uses; by default, it reserves only a part of a GPU's memory."""
         return self.chip and int(self.chip.memory * (0.75 if self.platform == "gpu" else 1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What one device needs for a step; the numbers that are not known are None."""
+    """The memory and traffic of one device for one step; unknown numbers are None."""
 
     arguments: int
     """Bytes of state and tokens."""
     temporaries: int | None
-    """Bytes of everything else: activations, gradients, the program."""
+    """Bytes of the rest: activations, gradients, and the program."""
     moved: int | None
-    """Bytes a step between chip and memory."""
+    """Bytes per step between chip and memory."""
     moved_at_most: bool
-    """Whether `moved` is XLA's count, which takes what stays on the chip for traffic."""
+    """Whether `moved` is XLA's count, which includes data that stays on the chip."""
     fits: bool | None
-    """Whether the compiler found room, where it looks for it; otherwise by the chip's memory."""
+    """Whether a step fits: as a TPU's compiler found; otherwise, whether `total` fits the chip's memory."""
 
     @property
     def total(self) -> int | None:
-        """Bytes."""
+        """Bytes of memory."""
         return None if self.temporaries is None else self.arguments + self.temporaries
 
 
 def find_target(name: str | None) -> Target:
-    """The devices of `--target`: `v5e:2x4` (TPU, chips along each axis), `h200:8` (GPUs), None = this machine's.
+    """Find the devices that `--target` names.
+
+    Args:
+        name: `v5e:2x4` (TPU, chips along each axis), `h200:8` (number of GPUs), or None for this machine's devices.
 
     Raises:
-        ConfigError: there is no such target, or no compiler for it.
+        ConfigError: there is no such target, or its compiler is not installed.
     """
     if name is None:
         devices = jax.devices()
@@ -87,7 +90,7 @@ def find_target(name: str | None) -> Target:
         gpus = ", ".join(chip.name for chip in chips.CHIPS if chip.platform == "gpu")
         raise ConfigError(
             f"no such target (--target, {name}): write v5e:2x4, v6e:2x4 or v5p:2x2x1 with up to {MOST_CHIPS} chips "
-            f"in all, v5e:1x1 for one, or h200:8 (GPUs: {gpus}), or leave it out for this machine"
+            f"in total, v5e:1x1 for one chip, or h200:8 (GPUs: {gpus}), or leave it out for this machine"
         )
     return Target(name, _topology(name) if axes else None, n, chip, chip.platform)
 
@@ -97,10 +100,10 @@ def _topology(name: str) -> list[jax.Device]:
         raise ConfigError(f"no TPU compiler here (--target, {name}): pip install 'jaxgpt[tpu-compile]'")
     for key, value in ABSENT_TPU.items():
         os.environ.setdefault(key, value)
-    jax.config.update("jax_platforms", "cpu")  # a TPU or GPU that is here is left to others
+    jax.config.update("jax_platforms", "cpu")  # do not claim a TPU or GPU of this machine
     from jax.experimental import topologies
 
-    # one chip is not the part of a host that libtpu takes it for
+    # libtpu would otherwise take a single chip for a part of a larger host
     host = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith((":1x1", ":1x1x1")) else {}
     try:
         return list(topologies.get_topology_desc(name, platform="tpu", **host).devices)
@@ -110,7 +113,12 @@ def _topology(name: str) -> list[jax.Device]:
 
 
 def kernel_of(config: Config, platform: str) -> attention.Kernel:
-    """The attention of a resolved configuration on a platform."""
+    """Return the attention kernel that training would use.
+
+    Args:
+        config: resolved configuration.
+        platform: cpu, gpu or tpu.
+    """
     model = config.model
     head_size = model.width // model.n_head
     return attention.choose(model.attention, platform, jnp.dtype(config.train.dtype), model.block_size, head_size)
@@ -120,12 +128,12 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     """Compile one step of `train_steps`, as training does.
 
     Args:
-        config: resolved.
-        target: with devices.
-        tokens: of a training split that lies on each device; None where batches come from the host.
+        config: resolved configuration.
+        target: a target with devices.
+        tokens: number of tokens of the training split if each device holds it; None if batches come from the host.
 
     Raises:
-        MeshError: mesh, devices, batch and model do not go together.
+        MeshError: the mesh does not fit the devices, the batch or the model.
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
@@ -141,12 +149,12 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = re.search(r"temporaries \(([\d.]+)([KMG])\)", str(error))
-        temporaries = said and int(float(said[1]) * 1024 ** ("KMG".index(said[2]) + 1))
+        match = re.search(r"temporaries \(([\d.]+)([KMG])\)", str(error))
+        temporaries = match and int(float(match[1]) * 1024 ** ("KMG".index(match[2]) + 1))
         return Needs(held, temporaries, None, False, False)
     memory = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)  # the state is taken over
+    temporaries += max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)  # the donated state is reused
     fits = True if target.platform == "tpu" else target.room and held + temporaries <= target.room
     return Needs(split + memory.argument_size_in_bytes, temporaries, *_moved(compiled), fits)
 
@@ -154,34 +162,37 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
 def _moved(compiled: jax.stages.Compiled) -> tuple[int | None, bool]:
     try:
         return traffic.bytes_moved(compiled.as_text()), False
-    except jax.errors.JaxRuntimeError:  # a libtpu that writes its programs for v6e in a newer form than jaxlib reads
+    except jax.errors.JaxRuntimeError:  # jaxlib cannot read the newer program format of some libtpu versions
         counted = (compiled.cost_analysis() or {}).get("bytes accessed")
         return counted and int(counted), True
 
 
 def _shapes(config: Config, dtype: np.dtype, mesh: jax.sharding.Mesh, replicated: bool):
-    """The windows of one step and the key of `train_steps`, as shapes with their shardings."""
+    """The windows of one step and the key of `train_steps`, as `ShapeDtypeStruct`s with shardings."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows = config.data.batch_size * config.optim.grad_accumulation
     windows = jax.ShapeDtypeStruct((1, rows, config.model.block_size + 1), dtype)
-    places = NamedSharding(mesh, P() if replicated else P(None, sharding.BATCH)), NamedSharding(mesh, P())
-    return jax.tree.map(lambda a, at: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=at), (windows, key), places)
+    shardings = NamedSharding(mesh, P() if replicated else P(None, sharding.BATCH)), NamedSharding(mesh, P())
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), (windows, key), shardings)
 
 
 def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
-    """The same without a compiler, from the sizes of what is kept: roughly, and without traffic.
+    """Estimate, without a compiler, the memory of one step from the sizes of the arrays that it keeps.
 
     Args:
-        config: resolved.
-        target: without devices.
-        parameters: of the model.
+        config: resolved configuration.
+        target: a target without devices.
+        parameters: number of parameters of the model.
+
+    Returns:
+        A rough estimate, without traffic.
     """
     sizes = sharding.sizes_of(config.mesh, target.n)
     model, C = config.model, config.model.width
     item = jnp.dtype(config.train.dtype).itemsize
     state = 12 * parameters // (sizes["fsdp"] * sizes["tensor"])  # float32 parameters and two moments
-    copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and the parameters to compute with
-    # channels a layer and token: stream twice, norms, qkv, attention, hidden layer before and after its activation
+    copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and parameters cast to the compute dtype
+    # channels per layer and token: residual stream twice, norms, qkv, attention, MLP before and after its activation
     kept = {"none": 9 + 2 * model.mlp_ratio, "dots": 6 + model.mlp_ratio, "full": 1}[model.remat] * C * model.n_layer
     if model.remat == "none" and kernel_of(config, target.platform) == "xla":
         kept += 2 * model.n_head * model.block_size * model.n_layer

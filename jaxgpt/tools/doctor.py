@@ -1,4 +1,4 @@
-"""What jaxgpt finds on a machine, and what to do about whatever is in the way: `jaxgpt doctor`."""
+"""`jaxgpt doctor`: report what jaxgpt finds on this machine, with a remedy for each problem."""
 
 import dataclasses
 import importlib.metadata
@@ -17,17 +17,17 @@ from jaxgpt.files import download
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "numpy")
 PLUGINS = {"jax-cuda12-plugin": "NVIDIA GPU", "jax-cuda13-plugin": "NVIDIA GPU", "libtpu": "TPU"}
-NVIDIA_NODES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # the last is WSL2's, there without NVIDIA too
+NVIDIA_NODES = ("dev/nvidia0", "dev/nvidiactl", "dev/dxg")  # WSL2 has dev/dxg, even without an NVIDIA GPU
 INSTALL = {
     "NVIDIA GPU": 'pip install "jaxgpt[cuda12]", or "jaxgpt[cuda13]" with driver 580 or newer',
     "TPU": 'pip install "jaxgpt[tpu]"',
-    "AMD GPU": "install jax for ROCm as its own pages say",
+    "AMD GPU": "install jax for ROCm as its documentation says",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the report; `remedy` is None where nothing is in the way."""
+    """One line of the report; `remedy` is None if there is no problem."""
 
     topic: str
     found: str
@@ -35,7 +35,7 @@ class Finding:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -44,7 +44,7 @@ def installed(package: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where the facts come from; by default from this machine."""
+    """The sources of the facts; by default this machine."""
 
     root: Path = Path("/")
     environ: Mapping[str, str] = dataclasses.field(default_factory=lambda: os.environ)
@@ -54,11 +54,11 @@ class Machine:
     system: str = f"{platform.system()} {platform.machine()}"
 
     def variables(self, *prefixes: str) -> str:
-        """The environment variables that are set, of those that start so."""
+        """Return the environment variables whose names start with one of the prefixes, as text."""
         return ", ".join(f"{k}={v}" for k, v in sorted(self.environ.items()) if k.startswith(prefixes)) or "none"
 
     def read(self, path: str | Path) -> str:
-        """The text of a file below the root, empty where there is none."""
+        """Return the text of a file below the root, or an empty text if it cannot be read."""
         try:
             return (self.root / path).read_text(encoding="utf-8").strip()
         except OSError:
@@ -66,23 +66,24 @@ class Machine:
 
 
 def report() -> str:
-    """What there is on this machine, one line a topic; `!` marks what has a remedy."""
+    """Report on this machine, one line per topic; `!` marks the lines with a remedy."""
     lines = []
     for finding in examine(Machine()):
         mark, remedy = ("!", f": {finding.remedy}") if finding.remedy else (" ", "")
-        text = " ".join(f"{finding.found}{remedy}".split())  # a variable or a path may hold line ends
+        text = " ".join(f"{finding.found}{remedy}".split())  # a variable or a path may contain line breaks
         lines.append(f"{mark} {finding.topic:<12} {text}")
     return "\n".join(lines)
 
 
 def examine(machine: Machine) -> list[Finding]:
-    """What there is on a machine, and what to do where something is in the way."""
+    """Examine a machine: one finding per topic."""
     versions = {name: machine.version(name) for name in (*PACKAGES, *PLUGINS)}
     packages = ", ".join(f"{k} {v or '(missing)'}" for k, v in versions.items() if v or k in PACKAGES)
     backend, devices = _devices(machine)
     memory = (
-        "jax takes 75 % of it at once; XLA_PYTHON_CLIENT_PREALLOCATE=false or XLA_CLIENT_MEM_FRACTION=.5, set before "
-        f"jax starts, leaves more to others; set now: {machine.variables('XLA_PYTHON_CLIENT_', 'XLA_CLIENT_')}"
+        "jax reserves 75 % of it at start; to reserve less, set XLA_PYTHON_CLIENT_PREALLOCATE=false or "
+        "XLA_CLIENT_MEM_FRACTION=.5 before jax starts; "
+        f"set now: {machine.variables('XLA_PYTHON_CLIENT_', 'XLA_CLIENT_')}"
     )
     return [
         Finding("python", f"{platform.python_version()}, {platform.platform()}"),
@@ -99,10 +100,11 @@ def examine(machine: Machine) -> list[Finding]:
 def _devices(machine: Machine) -> tuple[str | None, Finding]:
     try:
         found = machine.devices()
-    except Exception as error:  # whatever a plug-in raises; jax itself has an assertion without words
-        why = str(error).partition("\n")[0] or type(error).__name__
-        remedy = "unset JAX_PLATFORMS" if machine.environ.get("JAX_PLATFORMS") else "JAX_PLATFORMS=cpu does without it"
-        return None, Finding("devices", f"jax does not start ({why})", remedy)
+    except Exception as error:  # a plug-in can raise any exception; jax raises an assertion without text
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        forced = machine.environ.get("JAX_PLATFORMS")
+        remedy = "unset JAX_PLATFORMS" if forced else "set JAX_PLATFORMS=cpu to use the CPU"
+        return None, Finding("devices", f"jax does not start ({reason})", remedy)
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(device.device_kind for device in found).items())
     return found[0].platform, Finding("devices", f"{kinds} (backend {found[0].platform})")
 
@@ -120,7 +122,7 @@ def _accelerator(machine: Machine, backend: str | None) -> Finding:
 
 
 def _hardware(machine: Machine) -> tuple[str, str] | tuple[None, None]:
-    """An accelerator and the sign of it."""
+    """The first accelerator found, and the file or variable that reveals it."""
     root, environ = machine.root, machine.environ
     google = any(machine.read(vendor) == "0x1ae0" for vendor in root.glob("sys/bus/pci/devices/*/vendor"))
     signs = {
@@ -129,8 +131,8 @@ def _hardware(machine: Machine) -> tuple[str, str] | tuple[None, None]:
             shutil.which("nvidia-smi", path=environ.get("PATH", "")),
         ],
         "TPU": [
-            *root.glob("dev/accel[0-9]*"),  # dev/accel, a folder, is of other makers
-            *(root.glob("dev/vfio/[0-9]*") if google else ()),  # each alone is on machines without a TPU too
+            *root.glob("dev/accel[0-9]*"),  # dev/accel, a folder, belongs to other vendors
+            *(root.glob("dev/vfio/[0-9]*") if google else ()),  # either alone also occurs on machines without a TPU
             *(name for name in ("COLAB_TPU_ADDR", "TPU_NAME") if environ.get(name)),
         ],
         "AMD GPU": [*root.glob("dev/kfd")],
@@ -139,14 +141,16 @@ def _hardware(machine: Machine) -> tuple[str, str] | tuple[None, None]:
 
 
 def _remedy(machine: Machine, kind: str, backend: str | None) -> str:
-    """What lets jax use the accelerator."""
+    """The remedy that lets jax use the accelerator."""
     environ, nvidia = machine.environ, kind == "NVIDIA GPU"
     lock = machine.root / "tmp/libtpu_lockfile"
     for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME"):
         if environ.get(name, "").startswith("cpu"):
             return f"unset {name}, which is {environ[name]}"
     if kind == "TPU" and lock.exists():
-        return f"a process holds it ({lock}); end it or restart the runtime; if there is none, delete the file"
+        return (
+            f"a process holds it ({lock}); end it or restart the runtime; if there is no such process, delete the file"
+        )
     if nvidia and machine.system.startswith("Windows"):
         return "use WSL2, as jax has no GPU support on Windows itself"
     if nvidia and environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
@@ -154,7 +158,7 @@ def _remedy(machine: Machine, kind: str, backend: str | None) -> str:
     if nvidia and not any((machine.root / node).exists() for node in NVIDIA_NODES):
         return "no /dev/nvidia0 here; pass the GPU into the container (docker run --gpus all) or repair the driver"
     if any(machine.version(plugin) for plugin, of in PLUGINS.items() if of == kind):
-        return f"JAX_PLATFORMS={'cuda' if nvidia else 'tpu'} jaxgpt doctor says why" if backend else "devices says why"
+        return f"JAX_PLATFORMS={'cuda' if nvidia else 'tpu'} jaxgpt doctor says why" if backend else "see devices"
     return INSTALL[kind]
 
 
@@ -162,12 +166,12 @@ def _cache(machine: Machine) -> Finding:
     try:
         folder = machine.cache()
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=nearest):  # permission bits say little of root, of Windows and of a full disk
+        with tempfile.TemporaryFile(dir=nearest):  # permission bits say little about root, Windows and full disks
             size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except download.DownloadError as error:
         return Finding("cache", *str(error).rsplit(": ", 1))
     except OSError as error:
-        why = f"cannot use the folder ({folder}, {error.strerror or error})"
-        return Finding("cache", why, "set JAXGPT_CACHE to a folder that you may write")
+        problem = f"cannot use the folder ({folder}, {error.strerror or error})"
+        return Finding("cache", problem, "set JAXGPT_CACHE to a folder that you may write")
     compiled = sum(1 for _ in folder.glob("xla/*-cache"))
     return Finding("cache", f"{folder}, {size / 1e6:.1f} MB, {compiled} compiled functions")

@@ -1,4 +1,4 @@
-"""`jaxgpt ladder`: all small rungs of the lecture, one after the other, in one table and one picture."""
+"""`jaxgpt ladder`: train the small rungs of the lecture one after the other, with one table and one picture."""
 
 import dataclasses
 import pathlib
@@ -12,7 +12,7 @@ from jaxgpt.runs import report
 from jaxgpt.text import corpus
 from jaxgpt.tools import ngrams
 
-# validation losses that the lecture says or shows; None where it does not stop
+# validation losses that the lecture states or shows; None if it gives none
 RUNGS = {
     "bigram": 2.5,
     "positions": None,
@@ -29,23 +29,23 @@ class LadderArgs:
     """Train the small rungs of the lecture and draw them in one picture. Run it in a clone of the repository."""
 
     dir: str = "runs/ladder"
-    """Directory of the runs; rungs that are finished there are not trained again."""
+    """Folder for the runs; rungs already finished there are not trained again."""
     seeds: int = 1
-    """Seeds to train each rung with, from 1337 on."""
+    """Number of seeds to train each rung with, counted up from the seed of the recipes."""
     name: str = "shakespeare"
-    """Named corpus: shakespeare, or tiny_shakespeare (the lecture's exact file)."""
+    """Named corpus: shakespeare, or tiny_shakespeare (the exact file of the lecture)."""
     path: str | None = None
-    """Your own text file instead."""
+    """Your own text file to use instead."""
 
 
 def climb(args: LadderArgs) -> pathlib.Path:
     """Train every rung with every seed.
 
     Returns:
-        The path of the picture; beside it stands ladder.md, the table.
+        The path of the picture; the table is beside it, in ladder.md.
 
     Raises:
-        ConfigError: there is no seed, or the rungs' configs are not in the working directory's configs/lecture.
+        ConfigError: seeds is below 1, or the working directory has no configs/lecture with the recipes of the rungs.
     """
     if args.seeds < 1:
         raise configs.ConfigError(f"seeds is {args.seeds} (command line): use 1 or more")
@@ -63,7 +63,7 @@ def climb(args: LadderArgs) -> pathlib.Path:
 
 
 def table(losses: dict[str, Sequence[float]]) -> str:
-    """Mean and range of each rung beside the lecture's number, in Markdown."""
+    """Format the mean and range of each rung's losses beside the lecture's number, as a Markdown table."""
     lines = ["| rung | the lecture | jaxgpt, whole validation split |", "|---|---|---|"]
     for rung, values in losses.items():
         spread = f" ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds)" if len(values) > 1 else ""
@@ -72,7 +72,13 @@ def table(losses: dict[str, Sequence[float]]) -> str:
 
 
 def closed_forms(config: data.DataConfig) -> dict[str, float]:
-    """Validation loss of the count tables of the same split, which no model that sees as little can beat by much."""
+    """Compute the validation losses of n-gram counts on the same split.
+
+    A model that sees as few tokens cannot do much better.
+
+    Returns:
+        Name -> loss, in nats per character.
+    """
     text = corpus.load(config.name, config.path)
     tokenizer = tokenizers.for_text("char", text.text, text.alphabet)
     splits = data.split(tokenizer.encode(text.text), config.train_fraction, tokenizer.vocab_size, 1)

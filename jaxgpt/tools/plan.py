@@ -1,4 +1,4 @@
-"""What a run will take, before it runs: `jaxgpt plan`. The compiler's part is in ahead.py."""
+"""`jaxgpt plan`: memory, traffic and time of a run, before it runs. The compilation is in ahead.py."""
 
 import dataclasses
 import json
@@ -20,24 +20,24 @@ from jaxgpt.tools import ahead
 from jaxgpt.tools.ahead import Needs, Target
 from jaxgpt.training import abstract_model, mesh_config, resolve
 
-# characters of the named corpora, which are pinned: planning downloads nothing
+# characters of the named corpora, which are pinned, so that planning downloads nothing
 CHARACTERS = {"shakespeare": 1_132_176, "tiny_shakespeare": 1_115_394}
 GPT2_IDS = 50_257
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanConfig(Config):
-    """What a run will take, before it runs: all flags of train, and these."""
+    """Predict the memory, traffic and time of a run. Takes all flags of train, and these."""
 
     target: str | None = None
-    """Devices to plan for: v5e:2x4, v5p:2x2x1, v6e:16x16 (TPUs, compiled for; v5e:1x1 is one chip), h200:8 (GPUs,
-    estimated); left out, this machine's own."""
+    """Devices to plan for: v5e:2x4, v5p:2x2x1, v6e:16x16 (TPUs, compiled; v5e:1x1 is one chip) or h200:8 (GPUs,
+    estimated); by default the devices of this machine."""
     mfu: float = 0.4
-    """Part of the peak FLOP/s that the run is supposed to reach, in (0, 1]; 0.3 to 0.5 is common."""
+    """Assumed fraction of the peak FLOP/s that the run reaches, in (0, 1]; 0.3 to 0.5 is common."""
     search: bool = True
-    """Find a batch that fits, in one to three more compilations."""
+    """Search for the largest batch that fits, with a few more compilations."""
     json: bool = False
-    """One line of JSON instead of the table."""
+    """Print one line of JSON instead of the table."""
 
     def __post_init__(self):
         if not 0 < self.mfu <= 1:
@@ -46,20 +46,20 @@ class PlanConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """What is known of the tokens without moving them."""
+    """Facts about the training text that need no tokens to be loaded."""
 
     vocab_size: int
     tokens: int | None
-    """In the training split; None where they are not on this machine."""
+    """Number of tokens of the training split; None if they are not on this machine."""
     on_device: bool
-    """Whether the split lies on each device, as a text of characters does."""
+    """Whether each device holds the whole split, as with a text of characters."""
 
 
 def find_text(config: Config) -> Text:
-    """Vocabulary and length of what the configuration trains on.
+    """Find the vocabulary size and the length of the text that a configuration trains on.
 
     Raises:
-        ConfigError: the vocabulary is not known.
+        ConfigError: the vocabulary size is not known.
         CorpusError: the file is not a text.
     """
     path, vocab_size, whole = config.data.path, config.model.vocab_size, None
@@ -83,7 +83,7 @@ def find_text(config: Config) -> Text:
 
 
 def count_parameters(config: Config) -> tuple[int, int]:
-    """All parameters, and those that FLOPs are counted by (all but the position table)."""
+    """Return the number of all parameters, and of those that count for FLOPs (all but the position table)."""
     model = abstract_model(config, "cpu")
     n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
     table = config.model.block_size * config.model.width if config.model.positions == "learned" else 0
@@ -91,7 +91,7 @@ def count_parameters(config: Config) -> tuple[int, int]:
 
 
 def computed_again(config: Config) -> int:
-    """FLOPs a token that the backward pass spends on computing again what was not kept."""
+    """Count the FLOPs per token that the backward pass spends on recomputing what was not kept."""
     model, C = config.model, config.model.width
     attention = 4 * model.n_layer * model.block_size * C
     matmuls = 2 * model.n_layer * C * C * (3 + model.projection + model.mlp_ratio * (1 + model.projection))
@@ -100,18 +100,21 @@ def computed_again(config: Config) -> int:
 
 
 def largest_batch(needs_of: Callable[[int], Needs], room: int, batch: int, needs: Needs) -> int | None:
-    """The largest of 1, 2, 3, 4, 6, 8, 12, ... windows a device that fits, found with few questions.
+    """Find the largest of 1, 2, 3, 4, 6, 8, 12, ... windows per device that fits, with few calls of `needs_of`.
 
-    Temporaries grow nearly along a line with the batch: a line through what is known says what to ask next.
+    Memory grows almost linearly with the batch, so a line through the known sizes gives the next batch to try.
 
     Args:
-        needs_of: what a batch a device needs; slow.
-        room: bytes of a device.
-        batch: windows a device that `needs` is of.
-        needs: known already.
+        needs_of: returns the needs of a number of windows per device; slow.
+        room: bytes of memory per device.
+        batch: windows per device whose needs are known.
+        needs: the needs of `batch`.
+
+    Returns:
+        Windows per device; None if no batch was found to fit.
     """
     known = {batch: needs}
-    ladder = sorted({f << e for e in range(16) for f in (2, 3)} | {1})
+    sizes = sorted({f << e for e in range(16) for f in (2, 3)} | {1})
     for _ in range(4):
         sized = sorted((b, each.total) for b, each in known.items() if each.total is not None)
         if not sized:
@@ -119,7 +122,7 @@ def largest_batch(needs_of: Callable[[int], Needs], room: int, batch: int, needs
         (b0, least), (b1, most) = (0, needs.arguments) if len(sized) == 1 else sized[0], sized[-1]
         slope = max((most - least) / (b1 - b0), 1)
         bound = min((b for b, each in known.items() if not each.fits), default=math.inf)
-        guess = max((b for b in ladder if b < bound and most + slope * (b - b1) <= room), default=1)
+        guess = max((b for b in sizes if b < bound and most + slope * (b - b1) <= room), default=1)
         if guess in known or guess >= bound:
             break
         known[guess] = needs_of(guess)
@@ -127,17 +130,20 @@ def largest_batch(needs_of: Callable[[int], Needs], room: int, batch: int, needs
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """All that `jaxgpt plan` says, as a record for JSON; what is not known is None.
+    """Plan a run.
+
+    Returns:
+        Everything that `jaxgpt plan` prints, as a record for JSON; unknown values are None.
 
     Raises:
-        ValueError: target, mesh, batch or vocabulary do not go together; the subclasses say which.
+        ValueError: target, mesh, batch and vocabulary do not fit together; the subclass says which.
     """
-    if config.target is None:  # as training on this machine does
+    if config.target is None:  # the mesh that training on this machine would use
         config = dataclasses.replace(config, mesh=mesh_config(config))
     target, text = ahead.find_target(config.target), find_text(config)
     config = resolve(config, text.vocab_size, target.platform)
     sizes = sharding.sizes_of(config.mesh, target.n)
-    target = target._replace(n=math.prod(sizes.values()))  # the mesh may leave some out
+    target = target._replace(n=math.prod(sizes.values()))  # the mesh may leave some devices out
     parameters, counted = count_parameters(config)
     shards = sizes["data"] * sizes["fsdp"]
 
@@ -176,31 +182,34 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
 
 def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> dict[str, Any]:
-    """FLOPs, roofline and duration.
+    """Compute the FLOPs, the roofline and the duration of a run.
 
     Args:
-        config: resolved.
-        target: its chip may be unknown.
-        parameters: all but the position table.
-        needs: of a step.
+        config: resolved configuration.
+        target: the devices; their chip may be unknown.
+        parameters: number of parameters, without the position table.
+        needs: memory and traffic of one step on one device.
+
+    Returns:
+        The part of the record of `plan` about time; unknown values are None.
     """
     model, chip = config.model, target.chip
-    a_token = metrics.flops_per_token(parameters, model.n_layer, model.width, model.block_size)
+    per_token = metrics.flops_per_token(parameters, model.n_layer, model.width, model.block_size)
     tokens = config.data.batch_size * config.optim.grad_accumulation * model.block_size
     again = computed_again(config)
-    compute = chip and tokens * (a_token + again) / target.n / chip.flops
+    compute = chip and tokens * (per_token + again) / target.n / chip.flops
     traffic = chip and needs.moved and needs.moved / chip.bandwidth
-    speed = chip and config.mfu * chip.flops * target.n / a_token
+    speed = chip and config.mfu * chip.flops * target.n / per_token
     return {
         "tokens_a_step": tokens,
-        "flops_a_step": tokens * a_token,
+        "flops_a_step": tokens * per_token,
         "flops_computed_again": tokens * again,
         "bytes_a_token": needs.moved and needs.moved * target.n / tokens,
         "compute_s": compute,
         "traffic_s": traffic,
         "roofline_s": traffic and max(compute, traffic),
         "bound_by": traffic and ("memory traffic" if traffic > compute else "FLOPs"),
-        "roofline_mfu": traffic and tokens * a_token / target.n / chip.flops / max(compute, traffic),
+        "roofline_mfu": traffic and tokens * per_token / target.n / chip.flops / max(compute, traffic),
         "mfu": config.mfu,
         "tokens_a_second": speed,
         "hours": speed and config.train.steps * tokens / speed / 3600,
@@ -208,10 +217,10 @@ def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> d
 
 
 def table(r: dict[str, Any]) -> str:
-    """A record of `plan` for people: one line a topic."""
+    """Format a record of `plan` as a table with one line per topic."""
     chip, tokens = r["chip"] and chips.named(r["chip"]), r["tokens_a_step"]
     each = f", each {_flops(chip.flops)}/s, {_bytes(chip.memory)}, {_bytes(chip.bandwidth)}/s" if chip else ""
-    again = f", and {_flops(r['flops_computed_again'])} to compute again what is not kept"
+    again = f", and {_flops(r['flops_computed_again'])} to recompute what is not kept"
     lines = {
         "target": f"{r['target']}{each}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in r["mesh"].items()),
@@ -222,8 +231,8 @@ def table(r: dict[str, Any]) -> str:
         if r["epoch_tokens"]
         else "length unknown, the tokens are not on this machine",
         "memory": _memory(r),
-        "traffic": f"{_at_most(r)}{_bytes(r['moved'])} a step and device between chip and memory, "
-        f"{_bytes(r['bytes_a_token'])} a token"
+        "traffic": f"{_at_most(r)}{_bytes(r['moved'])} per step and device between chip and memory, "
+        f"{_bytes(r['bytes_a_token'])} per token"
         if r["moved"]
         else "unknown",
     }
@@ -233,17 +242,17 @@ def table(r: dict[str, Any]) -> str:
         lines["pace"] = "unknown: this device is not in the table of jaxgpt/devices/chips.py"
     if r["searched"]:
         batch, size = r["fitting_batch_a_device"], r["fitting_batch_size"]
-        fits = batch and f"{batch:,} windows a device fit (--data.batch_size {size:,})"
+        fits = batch and f"{batch:,} windows per device fit (--data.batch_size {size:,})"
         lines["batch"] = fits or "none found that fits: see memory"
-    return "\n".join(f"{topic:8} {said}" for topic, said in lines.items())
+    return "\n".join(f"{topic:8} {text}" for topic, text in lines.items())
 
 
 def _speed(r: dict[str, Any]) -> dict[str, str]:
     compute, traffic = (seconds and f"{seconds * 1e3:,.4g} ms" for seconds in (r["compute_s"], r["traffic_s"]))
-    roofline = f"{compute} a step for the FLOPs, unknown for the traffic"
+    roofline = f"{compute} per step for the FLOPs, unknown for the traffic"
     if traffic:
         roofline = (
-            f"{r['roofline_s'] * 1e3:,.4g} ms a step, bound by {r['bound_by']} (FLOPs {compute}, traffic "
+            f"{r['roofline_s'] * 1e3:,.4g} ms per step, bound by {r['bound_by']} (FLOPs {compute}, traffic "
             f"{_at_most(r)}{traffic}): MFU up to {r['roofline_mfu']:.0%}"
         )
     pace = f"{r['tokens_a_second']:,.0f} tokens/s at {r['mfu']:.0%} MFU (--mfu)"
@@ -260,7 +269,7 @@ def _memory(r: dict[str, Any]) -> str:
         said = f"{_bytes(r['arguments'])} state, and temporaries"
     else:
         total = r["arguments"] + r["temporaries"]
-        said = f"{_bytes(r['arguments'])} state + {_bytes(r['temporaries'])} temporaries = {_bytes(total)} a device"
+        said = f"{_bytes(r['arguments'])} state + {_bytes(r['temporaries'])} temporaries = {_bytes(total)} per device"
     if r["fits"] is None:
         return about + said
     if r["fits"]:

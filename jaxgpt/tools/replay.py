@@ -1,4 +1,4 @@
-"""`jaxgpt replay`: repeat a step of a run, and name the first tensor in it that is not finite."""
+"""`jaxgpt replay`: repeat one step of a run, and name the first tensor that is not finite."""
 
 import dataclasses
 import math
@@ -27,35 +27,35 @@ from jaxgpt.training import mesh_config, resolve, specify
 
 @dataclasses.dataclass(frozen=True)
 class ReplayArgs:
-    """Repeat a step of a run from the checkpoint before it, and name the first tensor that is not finite."""
+    """Repeat one step of a run from the checkpoint before it, and name the first tensor that is not finite."""
 
     run: str
     """Run directory."""
     step: int
-    """The step, as the error or metrics.jsonl names it, counted from 1."""
+    """Step to repeat, as the error or metrics.jsonl names it; the first step is 1."""
 
 
 class Finding(NamedTuple):
-    """What a replay found."""
+    """The result of a replay."""
 
     step: int
     checkpoint: int
-    """The step whose checkpoint it began from; 0 = a new model's."""
+    """Step of the checkpoint that the replay started from; 0 is the checkpoint of the initial weights."""
     loss: float
-    """Of the step, in nats a token; NaN if something is not finite."""
+    """Loss of the step, in nats per token; NaN if a tensor is not finite."""
     first: str | None
-    """The first tensor that is not finite, None if all are."""
+    """Name of the first tensor that is not finite; None if all are finite."""
     values: str
-    """How many of its values are NaN and infinite."""
+    """How many of its values are NaN or infinite, as text."""
 
 
 def replay(args: ReplayArgs) -> Finding:
-    """Repeat a step.
+    """Repeat one step of a run, and examine its tensors.
 
     Raises:
-        ConfigError: the step is not one of the run.
-        CheckpointError: the directory is not a run's, or the checkpoints before the step are gone.
-        DataError: the text is not the one that the run learned from.
+        ConfigError: the run has no such step.
+        CheckpointError: this is not a run directory, or no checkpoint before the step is left.
+        DataError: the text is not the one that the run was trained on.
     """
     config, _ = read_files(files_of(args.run), args.run)
     if not 1 <= args.step <= config.train.steps:
@@ -85,12 +85,15 @@ def _checkpoint_before(args: ReplayArgs, checkpoints: Checkpoints, source: Sourc
         raise CheckpointError(f"no checkpoint before step {args.step} ({args.run}): start the run again to get one")
     sha256 = checkpoints.manifest(found)["corpus_sha256"]
     if sha256 not in (None, source.sha256):
-        raise DataError(f"not the text that the run learned from ({source.name}, sha256 {source.sha256}, was {sha256})")
+        raise DataError(
+            f"not the text that the run was trained on ({source.name}, sha256 {source.sha256}, was {sha256}): "
+            "restore the file"
+        )
     return found
 
 
 def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The calls that training makes; the one that goes beyond `end` step by step."""
+    """The calls that training makes, (first step, steps); a call that goes beyond `end` is cut into single steps."""
     for first, n in loops.calls(config, start):
         if first + n <= end:
             yield first, n
@@ -100,7 +103,7 @@ def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, in
 
 
 def _examine(named: Iterable[tuple[str, jax.Array]]) -> tuple[str | None, str, float]:
-    """The first tensor that is not finite and how many of its values are not; otherwise the loss."""
+    """The first tensor that is not finite, with a count of its values that are not; otherwise the loss."""
     losses = []
     for name, array in named:
         values = np.asarray(array, np.float32)
@@ -114,10 +117,16 @@ def _examine(named: Iterable[tuple[str, jax.Array]]) -> tuple[str | None, str, f
 def tensors(
     state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The tensors of one `train_step` by name, in the order in which they are computed.
+    """Compute the tensors of one `train_step`, in the order of the computation.
 
     Args:
-        state, batch, key, spec: as `train_step` has them.
+        state: state before the step.
+        batch: inputs and targets, each (B, T) integers.
+        key: the key of the run.
+        spec: as for `train_step`.
+
+    Yields:
+        Name and value of each tensor.
     """
     yield from _named("parameter", state.params)
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)

@@ -1,4 +1,4 @@
-"""`jaxgpt sample`: text from a trained run."""
+"""`jaxgpt sample`: write text with a trained run."""
 
 import dataclasses
 import pathlib
@@ -20,40 +20,40 @@ class SampleArgs:
     run: str
     """Run directory."""
     prompt: str | None = None
-    """Text to continue; without one, a new text is begun."""
+    """Text to continue; by default, a new text is started."""
     prompt_file: str | None = None
-    """UTF-8 file with the text to continue, instead."""
+    """UTF-8 file with the text to continue, in place of --prompt."""
     max_new_tokens: int = 500
-    """Tokens to write."""
+    """Number of tokens to write per text."""
     num_samples: int = 1
-    """Texts to write, separated by a line of dashes."""
+    """Number of texts to write; a line of dashes separates them."""
     temperature: float = 1.0
-    """Below 1 more likely text, above 1 more varied; 0 takes the likeliest token each time."""
+    """Below 1, the text is more likely; above 1, more varied; 0 always takes the likeliest token."""
     top_k: int | None = None
-    """Draw from the k likeliest tokens only."""
+    """Draw only from the k likeliest tokens."""
     top_p: float | None = None
-    """Draw from the fewest likeliest tokens whose probabilities reach p."""
+    """Draw only from the likeliest tokens, as few as together have the probability p."""
     seed: int = 1337
-    """Another seed, another text."""
+    """Seed of the random numbers; another seed gives another text."""
     stream: bool = False
-    """Show the text while it is written; for one sample."""
+    """Show the text while it is written; for a single text only."""
 
 
 def sample(args: SampleArgs) -> None:
-    """Write samples to stdout, and which step they come from to stderr.
+    """Write samples to stdout, and the step of the checkpoint to stderr.
 
     Raises:
         ConfigError: an argument is out of its range, or the prompt cannot be read.
         CheckpointError: the run cannot be loaded.
-        UnknownCharacterError: the prompt has a character that the run's alphabet does not have.
+        UnknownCharacterError: the prompt has a character that is not in the run's alphabet.
     """
     rules = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-    sampling.make_rule(**rules)  # checked before the model is loaded
+    sampling.make_rule(**rules)  # a check before the model is loaded
     for name in ("num_samples", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"{name} is {getattr(args, name)} (command line): use 1 or more")
     if args.stream and args.num_samples > 1:
-        raise ConfigError("one text at a time can be streamed (--num_samples): leave out --stream")
+        raise ConfigError("only a single text can be streamed (--num_samples): leave out --stream")
     prompt = _prompt(args)
     run = load(args.run)
     print(f"run {args.run}, step {run.step:,}", file=sys.stderr)

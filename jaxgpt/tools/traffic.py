@@ -1,24 +1,24 @@
-"""What a compiled program moves between chip and memory, read from its text.
+"""The memory traffic of a compiled program, computed from its HLO text.
 
-XLA's own cost analysis counts a loop's body once, however often it runs, and what a TPU keeps on its chip as if it went
-to memory: for GPT-2 124M on v5e it says twice as much as here.
+XLA's own cost analysis counts the body of a loop once, however often it runs. It also counts data that a TPU keeps on
+its chip. For GPT-2 124M on v5e, its result is twice as large as the one here.
 """
 
 import math
 import re
 from typing import NamedTuple
 
-ITEM = {"pred": 1, "bf16": 2}  # the other types say their bits: f32, s8, u16
+ITEM = {"pred": 1, "bf16": 2}  # the names of other types hold their bits: f32, s8, u16
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 LINE = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = (\(.*?\)(?= [\w\-]+\()|\S+) ([\w\-]+)\((.*)")
-# what moves nothing, or ends what its beginning was counted for
+# these operations move no data
 FREE = {"tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all", "iota", "conditional", "call"}
-PICKS = {"gather", "dynamic-slice", "slice"}  # read no more of their first operand than they return
+PICKS = {"gather", "dynamic-slice", "slice"}  # these read no more of their first operand than they return
 VIEWS = {"ConcatBitcast", "AllocateBuffer"}  # custom calls of TPU programs that only name memory
 
 
 class Instruction(NamedTuple):
-    """One line of a computation."""
+    """One instruction of an HLO computation."""
 
     root: bool
     name: str
@@ -29,12 +29,12 @@ class Instruction(NamedTuple):
 
 
 def bytes_moved(text: str) -> int:
-    """Bytes read from and written to memory by a program, which runs its loops to their ends.
+    """Count the bytes that a program reads from and writes to memory, with every iteration of its loops.
 
-    The inside of a kernel is not seen: it counts with its operands and results.
+    A kernel counts with its operands and results only, since its inside is not visible.
 
     Args:
-        text: an optimised HLO module, `compiled.as_text()`.
+        text: an optimized HLO module, from `compiled.as_text()`.
     """
     computations, entry = _computations(text)
     return _moved(entry, computations)
@@ -73,7 +73,7 @@ def _moved(name: str, computations: dict[str, list[Instruction]]) -> int:
 
 
 def _accessed(each: Instruction, types: dict[str, str], fused: list[Instruction] | None) -> int:
-    """Bytes of operands and results; of an operand that is only picked from, no more than is picked."""
+    """Bytes of operands and results; of an operand that is only sliced or gathered from, the part that is read."""
     read = [_in_memory(types.get(operand, "")) for operand in each.operands]
     written = _in_memory(each.type)
     if fused is None:
@@ -95,7 +95,7 @@ def _accessed(each: Instruction, types: dict[str, str], fused: list[Instruction]
 
 
 def _copied(kind: str) -> int:
-    """An asynchronous copy's type holds source, result and flags."""
+    """Bytes moved by an asynchronous copy, whose type holds source, result and flags."""
     arrays = sorted((size, on_chip) for size, on_chip in _arrays(kind) if size > 4)
     if len(arrays) < 2:
         return 0
@@ -103,7 +103,7 @@ def _copied(kind: str) -> int:
 
 
 def _trips(condition: list[Instruction]) -> int:
-    """How often a loop runs: jax's loops count up from 0 to a constant."""
+    """The number of iterations of a loop: loops of JAX count up from 0 to a constant."""
     limits = [
         int(match[1]) for each in condition if (match := re.match(r"(\d+)\)", each.rest)) and each.op == "constant"
     ]
@@ -111,7 +111,7 @@ def _trips(condition: list[Instruction]) -> int:
 
 
 def _arrays(kind: str) -> list[tuple[int, bool]]:
-    """The bytes of each array of a type, and whether it is in a memory of the chip (a TPU's: memory space 1 and up)."""
+    """The bytes of each array of a type, and whether it stays on the chip (on a TPU: memory space 1 and up)."""
     return [
         (ITEM.get(name, max(int(bits or 8) // 8, 1)) * math.prod(int(n) for n in dims.split(",") if n),
          bool(re.search(r"S\([1-9]\)", layout or "")))

@@ -166,7 +166,7 @@ def test_a_process_that_hangs_is_given_up_within_35_seconds(tiny_config, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "environ, several",
+    "environ, multi_process",
     [
         ({}, False),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
@@ -179,8 +179,8 @@ def test_a_process_that_hangs_is_given_up_within_35_seconds(tiny_config, tmp_pat
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, True),
     ],
 )
-def test_clusters_are_recognised_and_a_laptop_is_none(environ, several):
-    assert processes.expected(DistributedConfig(), environ) == several
+def test_clusters_are_recognised_and_a_laptop_is_none(environ, multi_process):
+    assert processes.expected(DistributedConfig(), environ) == multi_process
     assert not processes.expected(DistributedConfig(join="never"), environ)
     assert processes.expected(DistributedConfig(join="always"), environ)
 

@@ -40,7 +40,7 @@ def test_a_second_process_leaves_at_once_with_6_and_says_who_is_there(tiny_confi
     assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml"), *tiny_config]) == 6
     assert time.monotonic() - began < 1
     error = capsys.readouterr().err
-    assert f"another process writes here ({tmp_path / 'run'}, pid {holder.pid} on " in error and " since 2" in error
+    assert f"another process is writing here ({tmp_path / 'run'}, pid {holder.pid} on " in error and " since 2" in error
     assert [path.name for path in (tmp_path / "run").iterdir()] == [lock.LOCK]
 
 

@@ -110,7 +110,7 @@ def test_names_without_prefix_and_masks_are_understood(hf, tmp_path):
         ({"n_positions": 8}, None, "abcdefg", 4, "wpe.weight, (16, 8)"),
         (None, {"transformer.ln_f.bias": None}, "abcdefg", 4, "1 missing: ln_f.bias"),
         (None, {"score.weight": np.zeros((2, 8), np.float32)}, "abcdefg", 4, "1 unexpected: score.weight"),
-        (None, {"transformer.wte.weight": None}, "abcdefg", 4, "no GPT-2 in the file"),
+        (None, {"transformer.wte.weight": None}, "abcdefg", 4, "no GPT-2 weights"),
         (None, None, "abcdefgh", 2, "the model has 7 ids, the tokenizer 8"),
         (None, None, None, 2, "--tokenizer with gpt2, a tokenizer.json, or nanoGPT's meta.pkl"),
     ],

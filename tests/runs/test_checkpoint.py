@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from jaxgpt.runs import manifest
 from jaxgpt.config import RunConfig
 from jaxgpt.errors import CheckpointError
-from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
 from jaxgpt.files.storage import StorageError
+from jaxgpt.runs import manifest
+from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
 
 
 def state(value, rows=2):
@@ -84,7 +84,7 @@ def test_the_manifest_is_written_after_the_arrays_and_says_what_they_are(tmp_pat
 
 
 def test_a_missing_step_is_named_with_those_there_are(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5.*there are 1, 2"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 5.*saved steps are 1, 2"):
         saved(tmp_path, [1.0, 2.0]).restore(5, state(0))
 
 
@@ -92,7 +92,7 @@ def test_a_missing_step_is_named_with_those_there_are(tmp_path):
     "like", [state(0, rows=3), {"other": jnp.zeros(1)}, jax.tree.map(lambda a: a.astype(jnp.bfloat16), state(0))]
 )
 def test_arrays_of_another_shape_name_or_type_are_refused(tmp_path, like):
-    with pytest.raises(CheckpointError, match="another array"):
+    with pytest.raises(CheckpointError, match="holds a different array"):
         saved(tmp_path, [1.0]).restore(1, like)
 
 
@@ -177,7 +177,7 @@ def test_a_reader_uses_the_best_undamaged_step_and_changes_nothing(tmp_path):
     with pytest.warns(CheckpointWarning, match="checkpoint 2 is damaged"):
         assert Checkpoints(tmp_path).best_undamaged() == 3
     damage(tmp_path / "3")
-    with pytest.warns(CheckpointWarning), pytest.raises(CheckpointError, match="no checkpoint is left"):
+    with pytest.warns(CheckpointWarning), pytest.raises(CheckpointError, match="no usable checkpoint is left"):
         Checkpoints(tmp_path).best_undamaged()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
     with pytest.raises(CheckpointError, match="checkpoint 3 is damaged"):
@@ -188,7 +188,7 @@ def test_a_step_of_another_format_is_left_where_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "FORMAT", 2)
     saved(tmp_path, [1.0])
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format 2, this jaxgpt reads 1"):
+    with pytest.raises(CheckpointError, match="format 2, but this jaxgpt reads format 1"):
         Checkpoints(tmp_path).newest(1)
     assert (tmp_path / "1").is_dir()
 

@@ -286,6 +286,6 @@ def test_an_unusable_own_file_is_named(tmp_path, name, content, says):
 )
 def test_an_unknown_name_lists_the_known_ones_and_the_closest(name, meant):
     message = error_of(corpus.load, name)
-    assert repr(name) in message and "known are shakespeare, tiny_shakespeare" in message
+    assert repr(name) in message and "known names are shakespeare, tiny_shakespeare" in message
     assert "--data.path FILE" in message
     assert (f"perhaps you meant {meant};" in message) if meant else ("perhaps" not in message)

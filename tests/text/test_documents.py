@@ -127,13 +127,13 @@ def test_the_first_byte_that_is_no_utf8_is_named(tmp_path, sizes, piece):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"text": ', "no JSON"),
+        ('{"text": ', "not JSON"),
         ("7", "no field 'text'"),
         ('{"body": "x"}', "no field 'text'"),
-        ('{"text": null}', "not a text but NoneType"),
+        ('{"text": null}', "not a string but NoneType"),
         ('{"text": "\\ud800"}', "surrogate"),
-        (b'{"text": "\xe9"}', "no JSON"),
-        ("[" * 100_000, "no JSON"),
+        (b'{"text": "\xe9"}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, sizes, piece, line, says):

@@ -82,7 +82,7 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, at):
     tokens = np.full(1_200_000, 59_999, np.uint16)
     tokens[at:] = [60_000 + i % 2 for i in range(len(tokens) - at)]
     message = error_of(token_folder.open_token_folder, make_folder(tmp_path / "a", tokens))
-    assert f"token {at:,} is 60000, ids go to 59999" in message
+    assert f"token {at:,} is 60000, the last id is 59999" in message
 
 
 def test_another_tokenizer_in_the_folder_is_noticed(tmp_path):

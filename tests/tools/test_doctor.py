@@ -171,10 +171,10 @@ def test_a_jax_that_does_not_start_is_a_finding_of_one_line(machine):
     facts = machine("dev/nvidia0", devices=broken)
     devices, accelerator = topic("devices", facts), topic("accelerator", facts)
     assert devices.found == "jax does not start (no CUDA-capable device)"
-    assert devices.remedy == "JAX_PLATFORMS=cpu does without it"
+    assert devices.remedy == "set JAX_PLATFORMS=cpu to use the CPU"
     assert accelerator.found.endswith("yet jax does not start") and "cuda12" in accelerator.remedy
     told = topic("accelerator", machine("dev/nvidia0", devices=broken, packages=["jax-cuda12-plugin"]))
-    assert told.remedy == "devices says why"
+    assert told.remedy == "see devices"
 
 
 def test_an_error_without_words_is_named_by_its_type(machine):

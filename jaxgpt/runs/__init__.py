@@ -1,0 +1,1 @@
+"""The run directory: its small files, checkpoints, metrics and pictures."""
