@@ -1,12 +1,12 @@
 """What each trick for CPUs gains: with it against without it, alternating rounds in one process.
 
 python benchmarks/tricks.py TRICK [--config FILE] [--rounds N] [--steps N]
-  matmul      training: jaxgpt.matmul's weight gradients against those of a plain product
+  matmul      training: the weight gradients of devices/matmul.py against those of a plain product
   devices     training: each core as a device against one device with all cores
   bfloat16    training: --train.dtype bfloat16 against float32
   dropout     training: a byte for each value's mask against nnx.Dropout's 32 bits
   last_block  generation past the window: the last block for the last token against all of it
-Prints one JSON line: steps (or tokens) a second of both, and median and range of the paired ratios.
+Prints one JSON line: steps (or tokens) per second of both, and median and range of the paired ratios.
 """
 
 import argparse
@@ -39,9 +39,10 @@ class Training:
             abstract = init.abstract(config.model)
             self.spec = step_spec(config, abstract, self.mesh)
             self.state = init.first_state(config.model, self.spec.tx, config.seed)
-            tokens = np.random.default_rng(0).integers(0, 65, 100_000).astype(np.uint8)
-            self.data = sharding.place(self.mesh, tokens), jax.random.key(0)
-            self.call = step.train_steps.lower(self.state, *self.data, recipe=self.spec, n=n).compile()
+            shape = n, config.optim.grad_accumulation * config.data.batch_size, config.model.block_size + 1
+            windows = np.random.default_rng(0).integers(0, 65, shape).astype(np.uint8)
+            self.data = sharding.place(self.mesh, windows), jax.random.key(0)
+            self.call = step.train_steps.lower(self.state, *self.data, spec=self.spec).compile()
 
     def __call__(self) -> int:
         self.state, _ = jax.block_until_ready(self.call(self.state, *self.data))
@@ -68,7 +69,7 @@ class Sliding:
         jax.clear_caches()
 
     def __call__(self) -> int:
-        return jax.block_until_ready(self.call()).shape[1]
+        return jax.block_until_ready(self.call())[0].shape[1]
 
 
 def sides(trick: str, config: Config, n: int) -> dict[str, Training | Sliding]:

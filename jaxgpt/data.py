@@ -77,7 +77,6 @@ def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: i
     return Splits(*(jax.device_put(part.astype(dtype)) for part in parts.values()))
 
 
-@partial(jax.jit, static_argnames=("batch_size", "block_size"))
 def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int, block_size: int) -> jax.Array:
     """Draw the batches of the given steps: windows at uniformly random places, with replacement as in the lecture.
 
@@ -92,11 +91,18 @@ def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int
         (n, B, T + 1) in the dtype of the tokens.
     """
     chex.assert_rank([tokens, steps], 1)
+    return _cut(tokens, _starts(key, steps, len(tokens) - block_size, batch_size), block_size)
 
-    def starts(step):
-        return jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, len(tokens) - block_size)
 
-    return tokens[jax.vmap(starts)(steps)[..., None] + jnp.arange(block_size + 1)]
+@partial(jax.jit, static_argnames="batch_size")
+def _starts(key: jax.Array, steps: jax.Array, end: int, batch_size: int) -> jax.Array:
+    """The first tokens of the windows, (n, B). A program of its own, which serves both splits."""
+    return jax.vmap(lambda step: jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, end))(steps)
+
+
+@partial(jax.jit, static_argnames="block_size")
+def _cut(tokens: jax.Array, starts: jax.Array, block_size: int) -> jax.Array:
+    return tokens[starts[..., None] + jnp.arange(block_size + 1)]
 
 
 def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:

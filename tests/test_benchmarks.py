@@ -1,0 +1,31 @@
+"""The programs that the figures come from still run; compare.py has tests of its own."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SMALL = ["--config", str(ROOT / "configs/lecture/one_head.yaml"), "--rounds", "1"]
+
+pytestmark = pytest.mark.full
+
+
+def result_of(program, *flags):
+    command = [sys.executable, str(ROOT / "benchmarks" / program), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("trick", ["matmul", "devices", "bfloat16", "dropout", "last_block"])
+def test_every_trick_is_measured(trick):
+    found = result_of("tricks.py", trick, *SMALL, "--steps", "2")
+    assert found["trick"] == trick and found["with"] > 0 and found["without"] > 0 and found["ratio"] > 0
+
+
+def test_saves_are_measured(tmp_path):
+    found = result_of("saves.py", *SMALL, "--steps", "50", "--folder", str(tmp_path))
+    assert found["orbax_s"][0] > 0 and found["save_s"][0] > 0 and found["rounds"] == 1

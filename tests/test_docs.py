@@ -1,0 +1,96 @@
+"""Every command in README.md and docs/ runs as it is written, or is listed with the reason why no test runs it."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+QUICK = {"--train.steps": "20", "--train.eval_interval": "10", "--run.checkpoint_interval": "10"}
+# a part of the command, and why it is not run here
+NOT_RUN = {
+    "python3 -m venv": "sets up an environment; .ci/run does the same",
+    "jaxgpt ladder": "takes a minute and a half; tests/tools/test_ladder.py runs it",
+    "--target v5e": "needs the TPU compiler; tests/tools/test_plan.py runs it where that is installed",
+    "--from ": "needs downloads or files of the reader's; tests/interop/test_importing.py imports",
+    "finetune_gpt2": "needs GPT-2's weights; tests/runs/test_init_from.py runs the recipe",
+    "gpt2_124m.yaml --data.path": "needs accelerators; tests/test_lowering.py lowers it",
+    "gcloud": "needs a TPU pod; tests/devices/test_processes.py runs several processes",
+    "for i in 0 1": "needs two machines",
+    "done; wait": "needs two machines",
+    "--step ": "needs a run that failed; tests/tools/test_replay.py replays",
+    "--run runs/gpt2": "needs GPT-2's weights",
+}
+
+
+def commands():
+    """Each line of a bash block that starts a program, with its page."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = line.split("  #")[0].strip()
+                if command and not command.startswith("#"):
+                    yield page.name, command
+
+
+def why_not(command):
+    return next((reason for part, reason in NOT_RUN.items() if part in command), None)
+
+
+RUN = list(dict.fromkeys(command for _, command in commands() if not why_not(command)))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory, text):
+    """A copy of what the pages need, with a text, a folder of texts and trained runs."""
+    folder = tmp_path_factory.mktemp("clone") / "jaxgpt"
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    shutil.copytree(ROOT / "jaxgpt", folder / "jaxgpt", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", folder)
+    own = text.replace("Romeo", "ROMEO:") + "To be, or not to be"
+    (folder / "my.txt").write_text(own, encoding="utf-8")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "one.txt").write_text(own, encoding="utf-8")
+    for more in ("", " --data.path my.txt --run.dir runs/mine"):
+        in_clone(folder, quickly(f"python train.py --config configs/shakespeare_cpu.yaml{more}"))
+    train = "python train.py --config configs/lecture/bigram.yaml --data.path my.txt --run.dir runs/first_look"
+    in_clone(folder, quickly(train))
+    return folder
+
+
+def quickly(command):
+    """A training command as it is written, and shorter: the last of two equal flags wins."""
+    return f"{command} {' '.join(f'{name} {value}' for name, value in QUICK.items())}"
+
+
+def in_clone(folder, command):
+    """Run a command as a reader in an active environment does."""
+    here = str(pathlib.Path(sys.executable).parent)
+    path = os.pathsep.join([here, os.environ["PATH"]])
+    environ = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "MPLBACKEND": "agg"}
+    done = subprocess.run(command, cwd=folder, env=environ, shell=True, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stdout[-800:]}{done.stderr[-800:]}"
+
+
+def test_the_first_two_blocks_of_the_readme_are_one_line_each():
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks[0].count("\n") == blocks[1].count("\n") == 1
+    assert blocks[0].strip().endswith("&& .venv/bin/python train.py --config configs/shakespeare_cpu.yaml")
+    assert blocks[1].strip().endswith("&& .venv/bin/pytest -n 2")
+
+
+def test_every_page_is_in_the_navigation_and_every_reason_is_needed():
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name not in nav] == []
+    assert [part for part in NOT_RUN if not any(part in command for _, command in commands())] == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("command", RUN)
+def test_commands_run_as_written(clone, command):
+    in_clone(clone, quickly(command) if "train.py" in command else command)
