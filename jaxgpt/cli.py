@@ -42,8 +42,9 @@ def train(argv: Sequence[str]) -> None:
     from jaxgpt.config import Config, load_config
 
     if _asks_for_help(argv):
-        print("Flags override the recipe, which overrides the defaults below.  --config FILE  the recipe\n")
-        print(help_text(Config, "jaxgpt train --config FILE"))
+        print("Flags override the recipe, which overrides the defaults below.")
+        print("--config RECIPE  a YAML file, or a name that `jaxgpt train` lists\n")
+        print(help_text(Config, "jaxgpt train --config RECIPE"))
         return
     _need_recipe(argv)
     training.train(load_config(argv))
@@ -55,7 +56,7 @@ def plan_run(argv: Sequence[str]) -> None:
     from jaxgpt.tools import plan
 
     if _asks_for_help(argv):
-        print(help_text(plan.PlanConfig, "jaxgpt plan --config FILE"))
+        print(help_text(plan.PlanConfig, "jaxgpt plan --config RECIPE"))
         return
     _need_recipe(argv)
     config = load_config(argv, plan.PlanConfig)

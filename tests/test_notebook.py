@@ -119,6 +119,14 @@ def test_a_missing_jaxgpt_comes_from_the_clone_around_or_else_the_public_reposit
     assert done["new paths"] == ([] if place == "elsewhere" else [str(clone)])
 
 
+def test_the_notebook_imports_only_what_there_is():
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    lines = [line for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines()]
+    imports = [line for line in lines if re.match(r"(from|import) jaxgpt\b", line)]
+    assert len(imports) > 5
+    exec("\n".join(imports), {})
+
+
 @pytest.mark.long
 def test_the_notebook_runs_from_top_to_bottom_in_under_five_minutes_and_climbs_the_ladder(monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
