@@ -46,13 +46,13 @@ RUN = list(dict.fromkeys(command for _, command in commands() if not why_not(com
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory, text):
+def clone(tmp_path_factory):
     """A copy of what the pages need, with a text, a folder of texts and trained runs."""
     folder = tmp_path_factory.mktemp("clone") / "jaxgpt"
     shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copytree(ROOT / "jaxgpt", folder / "jaxgpt", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train.py", folder)
-    own = text.replace("Romeo", "ROMEO:") + "To be, or not to be"
+    own = "ROMEO: To be, or not to be\n" + "".join(page.read_text(encoding="utf-8") for page in PAGES)
     (folder / "my.txt").write_text(own, encoding="utf-8")
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text(own, encoding="utf-8")

@@ -122,7 +122,7 @@ def kill_at_random(whole, tmp_path, kills, seed):
     return killed
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_killed_at_12_random_moments(whole, tmp_path):
     assert kill_at_random(whole, tmp_path, 12, seed=6) == 12
 
