@@ -231,7 +231,8 @@ def train_steps(state: TrainState, windows: jax.Array, key: jax.Array, *, spec: 
     def one(state, windows):
         return train_step(state, data.inputs_and_targets(windows), key, spec)
 
-    return jax.lax.scan(one, state, windows)
+    state, metrics = jax.lax.scan(one, state, windows)
+    return sharding.pin(state), metrics  # of the scan's result, too: it is what the next call is given
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -1,6 +1,6 @@
 """Print the losses of 30 steps on each mesh named on the command line, as JSON: run by test_sharding.py.
 
-JAX_NUM_CPU_DEVICES=8 python tests/devices/mesh_losses.py linear 0.1 1,1,1 2,2,2
+JAX_NUM_CPU_DEVICES=8 python tests/devices/mesh_losses.py linear 0.1 65 1,1,1 2,2,2
 """
 
 import json
@@ -16,9 +16,9 @@ from jaxgpt.devices import sharding
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer, schedule
 
-# 65 ids are divided by no axis; accumulation is on
+VOCABULARY = int(sys.argv[3])  # accumulation is on
 CONFIG = GPTConfig(
-    vocab_size=65,
+    vocab_size=VOCABULARY,
     block_size=16,
     n_layer=1,
     n_head=8,
@@ -33,7 +33,7 @@ OPTIM = OptimConfig(warmup_steps=3, decay_steps=30, grad_accumulation=2)
 
 def losses(sizes: list[int]) -> list[float]:
     mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
-    tokens = np.random.default_rng(0).integers(0, 65, 2000).astype(np.uint8)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2000).astype(np.uint8)
     with jax.set_mesh(mesh):
         model = init.abstract(CONFIG)
         per_device = sharding.takes_mean_over_devices(mesh, CONFIG.dropout)
@@ -54,4 +54,4 @@ def losses(sizes: list[int]) -> list[float]:
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
-    print(json.dumps({mesh: losses([int(size) for size in mesh.split(",")]) for mesh in sys.argv[3:]}))
+    print(json.dumps({mesh: losses([int(size) for size in mesh.split(",")]) for mesh in sys.argv[4:]}))

@@ -33,17 +33,20 @@ def on_eight_devices(command, timeout=900):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "meshes, head, dropout",
+    "meshes, head, dropout, vocabulary",
     [
-        (SOME, "linear", 0.1),
-        ([(1, 1, 1), (4, 1, 1)], "tied", 0.0),  # each device by itself
-        pytest.param(MESHES, "linear", 0.1, marks=pytest.mark.long),
-        pytest.param(MESHES, "tied", 0.1, marks=pytest.mark.long),
+        (SOME, "linear", 0.1, 65),  # ids that no axis divides
+        ([(1, 1, 1), (1, 2, 2)], "linear", 0.1, 64),  # and ids that each axis divides
+        ([(1, 1, 1), (4, 1, 1)], "tied", 0.0, 65),  # each device by itself
+        pytest.param(MESHES, "linear", 0.1, 65, marks=pytest.mark.long),
+        pytest.param(MESHES, "tied", 0.1, 65, marks=pytest.mark.long),
     ],
 )
-def test_losses_are_the_same_on_every_mesh(meshes, head, dropout):
+def test_losses_are_the_same_on_every_mesh(meshes, head, dropout, vocabulary):
     names = [",".join(map(str, mesh)) for mesh in meshes]
-    done = on_eight_devices([str(pathlib.Path(__file__).with_name("mesh_losses.py")), head, str(dropout), *names])
+    done = on_eight_devices(
+        [str(pathlib.Path(__file__).with_name("mesh_losses.py")), head, str(dropout), str(vocabulary), *names]
+    )
     assert "Involuntary full rematerialization" not in done.stderr
     found = json.loads(done.stdout)
     for name in names:
