@@ -57,9 +57,9 @@ def clone(tmp_path_factory):
     (folder / "texts").mkdir()
     (folder / "texts" / "one.txt").write_text(own, encoding="utf-8")
     for more in ("", " --data.path my.txt --run.dir runs/mine"):
-        in_clone(folder, quickly(f"python train.py --config configs/shakespeare_cpu.yaml{more}"))
+        in_clone(folder, quickly(f"python train.py --config configs/shakespeare_cpu.yaml{more}")).check_returncode()
     train = "python train.py --config configs/lecture/bigram.yaml --data.path my.txt --run.dir runs/first_look"
-    in_clone(folder, quickly(train))
+    in_clone(folder, quickly(train)).check_returncode()
     return folder
 
 
@@ -73,8 +73,7 @@ def in_clone(folder, command):
     here = str(pathlib.Path(sys.executable).parent)
     path = os.pathsep.join([here, os.environ["PATH"]])
     environ = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "MPLBACKEND": "agg"}
-    done = subprocess.run(command, cwd=folder, env=environ, shell=True, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{command}: {done.stdout[-800:]}{done.stderr[-800:]}"
+    return subprocess.run(command, cwd=folder, env=environ, shell=True, capture_output=True, text=True, timeout=300)
 
 
 def test_the_first_two_blocks_of_the_readme_are_one_line_each():
@@ -93,4 +92,5 @@ def test_every_page_is_in_the_navigation_and_every_reason_is_needed():
 @pytest.mark.full
 @pytest.mark.parametrize("command", RUN)
 def test_commands_run_as_written(clone, command):
-    in_clone(clone, quickly(command) if "train.py" in command else command)
+    done = in_clone(clone, quickly(command) if "train.py" in command else command)
+    assert done.returncode == 0, f"{command}: {done.stdout[-800:]}{done.stderr[-800:]}"
