@@ -98,7 +98,10 @@ class Comparison:
 
     def torch_spec(self, compiled: bool, seed: int) -> dict:
         """What PyTorch's side is told."""
-        given = {"config": dataclasses.asdict(dataclasses.replace(self.config, seed=seed)), "tokens": self.tokens}
+        optim = self.config.optim
+        optim = dataclasses.replace(optim, decay_steps=optim.decay_steps or self.config.train.steps)
+        given = {"config": dataclasses.asdict(dataclasses.replace(self.config, seed=seed, optim=optim)),
+                 "tokens": self.tokens}  # fmt: skip
         given |= {"reference": self.case.config, "vocab_size": self.vocab_size, "get_batch": self.args.get_batch}
         given |= {"device": self.args.device, "compile": compiled, "nanogpt": self.clone}
         return given | self._sizes()

@@ -130,7 +130,7 @@ def nanogpt_command(clone: str, config: Config, device: str) -> list[str]:
         "gradient_accumulation_steps": optim.grad_accumulation,
         "min_lr": optim.min_learning_rate,
         "warmup_iters": optim.warmup_steps,
-        "lr_decay_iters": optim.decay_steps,
+        "lr_decay_iters": optim.decay_steps or config.train.steps,
         "max_iters": train.steps,
         "eval_interval": train.eval_interval,
         "eval_iters": train.eval_batches,

@@ -5,6 +5,7 @@ A recipe, which is a YAML file, becomes the same flags as the command line, so b
 
 import dataclasses
 import difflib
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -12,13 +13,19 @@ from typing import Any, Literal
 import yaml
 from etils import epath
 
+from jaxgpt.checks import Path, check_fields, check_seed
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.processes import DistributedConfig
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.errors import ArgumentError, CheckpointError
+from jaxgpt.files import storage
 from jaxgpt.flags import ConfigError, check_name, fields, parse, split_flags
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig
+
+CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"  # in a run directory
+# model fields that trained weights do not fix
+FREE = {"dropout", "attention_dropout", "embedding_dropout", "init", "attention", "remat"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +46,13 @@ class TrainConfig:
     """Compute dtype; auto = float32 on CPU, bfloat16 on GPU and TPU. Parameters stay float32."""
     loss_chunks: int = 1
     """Pieces in which the logits and losses of a window are computed, a divisor of block_size; more = less memory."""
-    profile: str | None = None
+    profile: Path | None = None
     """Folder for an xprof trace of the second to fourth compiled call (of steps_per_call steps)."""
     patience: int = 0
     """Stop after this many estimates in a row without a lower val loss; 0 = never stop. The best step is saved."""
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use 1 or more")
@@ -56,12 +64,12 @@ class TrainConfig:
 class RunConfig:
     """Run directory and checkpoints."""
 
-    dir: str = ""
+    dir: Path = ""
     """Run directory, on disk or in an object store (gs://...); the default is runs/<name of the recipe>."""
-    resume: Literal["auto", "never", "must"] = "auto"
+    resume: Literal["auto", "never", "must", "changed"] = "auto"
     """Continue the run in the directory: auto = if there is one; never = refuse if there is one; must = refuse if
-    there is none."""
-    init_from: str = ""
+    there is none; changed = if there is one, with the settings of this command where they differ."""
+    init_from: Path = ""
     """Run directory whose best weights, model settings and tokenizer a new run starts from, at step 0."""
     checkpoint_interval: int = 250
     """Steps between checkpoints; the last step is always saved."""
@@ -69,6 +77,7 @@ class RunConfig:
     """Number of latest checkpoints to keep; the one with the lowest val loss is also kept."""
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("checkpoint_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use 1 or more")
@@ -79,7 +88,7 @@ class Config:
     """All settings of a run."""
 
     seed: int = 1337
-    """Random seed of the initial weights, batches, dropout and samples."""
+    """Random seed of the initial weights, batches, dropout and samples, from 0 to 2^32 - 1."""
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -87,6 +96,10 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self):
+        check_fields(self)
+        check_seed(self.seed)
 
 
 def load_config(argv: Sequence[str], cls: type = Config) -> Config:
@@ -103,10 +116,15 @@ def load_config(argv: Sequence[str], cls: type = Config) -> Config:
         ConfigError: a name is unknown, a value has the wrong type or is out of range, or a file cannot be read.
         CheckpointError: `run.init_from` is not a run directory.
     """
+    if isinstance(argv, str):
+        raise ConfigError(f"the command line is one text ({argv!r}): pass a list of words, such as ['--seed', '1']")
     flags = split_flags(argv, cls)
     recipe = flags.pop("config", None)
     path, name = find_recipe(recipe) if recipe else (None, "default")
-    values = {**read_file(path), **flags} if path else flags
+    values = read_file(path) if path else {}
+    if path and path.name == CONFIG and (path.parent / TOKENIZER).is_file():
+        values["run.dir"] = str(path.parent)  # a run is where its files are now
+    values |= flags
     if start := values.get("run.init_from"):
         values = {**inherited(start, values), **values}
     config = parse(cls, values, f"{path} and command line" if path else "command line")
@@ -134,7 +152,7 @@ def find_recipe(named: str) -> tuple[pathlib.Path, str]:
     Raises:
         ConfigError: there is no such file and no such recipe.
     """
-    path, known = pathlib.Path(named).expanduser(), recipes()
+    path, known = pathlib.Path(os.path.expanduser(named)), recipes()
     if path.is_file():
         inner = path.parts[len(path.parts) - path.parts[::-1].index("configs") :] if "configs" in path.parts else ()
         return path, pathlib.PurePath(*(inner or (path.name,))).with_suffix("").as_posix()
@@ -164,14 +182,15 @@ def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
     names = {name for name in fields(Config) if name.startswith("model.")} | {"data.tokenizer"}
     if names <= set(values):
         return {}
-    file = epath.Path(run_dir) / "config.yaml"
+    storage.check_store(run_dir)
+    file = epath.Path(os.path.expanduser(run_dir)) / CONFIG
     if not file.exists():
         raise CheckpointError(
             f"no run to start from (--run.init_from, {run_dir}): make it with "
             f"`jaxgpt import --from gpt2 --run {run_dir}`, or name another run directory"
         )
     model = {name: value for name, value in read_file(file).items() if name.startswith("model.")}
-    return model | {"data.tokenizer": str(file.with_name("tokenizer.json"))}
+    return model | {"data.tokenizer": str(file.with_name(TOKENIZER))}
 
 
 def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[str, str]:
@@ -188,13 +207,15 @@ def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[s
         ConfigError: the file cannot be read, is not a recipe, or is its own base.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}  # scalars stay text
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader) or {}
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"no such config ({path}, {reason}): see configs/ for the available recipes") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "somewhere"
+        if isinstance(error, _TwiceError):
+            raise ConfigError(f"a key is there twice ({path}, {line}, {error.problem}): leave one of them") from None
         raise ConfigError(f"not YAML ({path}, {line}): write `section:` and indented `field: value` lines") from None
     if path.resolve() in seen:
         raise ConfigError(f"a config that is its own base ({path}): remove one `base:` line")
@@ -211,6 +232,22 @@ def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[s
                 raise ConfigError(f"not a single value ({path}, {flag}): write `{flag.split('.')[-1]}: value`")
             values[flag] = value
     return values
+
+
+class _TwiceError(yaml.MarkedYAMLError):
+    """A mapping has a key twice."""
+
+
+class _Loader(yaml.BaseLoader):
+    """A loader that leaves scalars as text, and refuses what YAML itself drops in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise _TwiceError(problem=key.value, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def dump(config: Config) -> str:
@@ -243,21 +280,47 @@ def flat(config: Config) -> dict[str, Any]:
     return values
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the settings that changed, leaving out those that do not affect the numbers of a run.
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list]:
+    """Find the settings of a run that changed.
 
     Args:
         before: the earlier result of `flat`; a field that did not exist then counts as having today's default.
         now: the current result of `flat`.
 
     Returns:
+        The old and the new value of each changed setting, by its name. How the run is found does not count.
+    """
+    before = {**flat(Config()), **before}
+    names = (name for name in now if not name.startswith(("run.", "distributed.")))
+    return {name: [before[name], now[name]] for name in names if before[name] != now[name]}
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the settings that changed and that affect the numbers of a run.
+
+    The text and the tokenizer do not count: they may have moved, and are compared by content.
+
+    Args:
+        before: as for `changes`.
+        now: as for `changes`.
+
+    Returns:
         One `name (was X, now Y)` per changed setting.
     """
-    ignored = {"run.", "mesh.", "distributed.", "model.attention", "model.remat", "train.loss_chunks"}
-    ignored |= {"train.steps", "train.eval", "train.log", "train.profile", "train.patience"}
-    before = {**flat(Config()), **before}
-    return [
-        f"{name} (was {before[name]}, now {value})"
-        for name, value in now.items()
-        if before[name] != value and not any(name.startswith(prefix) for prefix in ignored)
-    ]
+    END = "optim.decay_steps"  # 0 = train.steps
+    ignored = {"data.name", "data.path", "data.tokenizer", "mesh.", "model.attention", "model.remat"}
+    ignored |= {"train.steps", "train.eval", "train.log", "train.profile", "train.patience", "train.loss_chunks"}
+    given = ({**flat(Config()), **each} for each in (before, now))
+    found = changes(*({**each, END: each[END] or each["train.steps"]} for each in given))
+    return _described({name: pair for name, pair in found.items() if not name.startswith(tuple(ignored))})
+
+
+def model_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the model settings that changed and that trained weights fix; see `differences`."""
+    free = {f"model.{name}" for name in FREE}
+    found = changes(before, now)
+    return _described({name: pair for name, pair in found.items() if name.startswith("model.") and name not in free})
+
+
+def _described(changed: dict[str, list]) -> list[str]:
+    return [f"{name} (was {before}, now {now})" for name, (before, now) in changed.items()]

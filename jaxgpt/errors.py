@@ -6,6 +6,8 @@ This file is at the bottom of the package: every module derives its own errors f
 import re
 import unicodedata
 
+LINE = 1000  # characters of an error, in which a path may be long
+
 
 class JaxgptError(Exception):
     """An error that a user can do something about: one line, `WHAT (WHERE, VALUE): REMEDY`.
@@ -32,11 +34,17 @@ class JaxgptWarning(UserWarning):
     """A warning that is meant for users, and that a command shows as one line."""
 
 
+def shortened(text: str, most: int = 100) -> str:
+    """The text, cut if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def printable(text: str) -> str:
     """The text with each control character, which could move the cursor of a terminal or worse, as `\\x1b`."""
     return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
 
 
 def one_line(text: str) -> str:
-    """The text as one printable line."""
-    return printable(re.sub(r"\s", " ", text))
+    """The text as one printable line; a long one is cut in its middle, since the remedy is at its end."""
+    line = printable(re.sub(r"\s", " ", text))
+    return line if len(line) <= LINE else f"{line[: LINE // 2]} ... {line[-LINE // 2 :]}"

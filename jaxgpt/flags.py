@@ -12,9 +12,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxgpt.errors import ArgumentError
-
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+from jaxgpt.checks import WORDS, Text, check_fields
+from jaxgpt.errors import ArgumentError, shortened
 
 
 class ConfigError(ArgumentError):
@@ -31,16 +30,16 @@ def fields(cls: type) -> dict[str, Any]:
     return found
 
 
-def split_flags(argv: Sequence[str], cls: type) -> dict[str, str]:
+def split_flags(argv: Sequence[str], cls: type) -> dict[str, str | tuple[str, ...]]:
     """Split a command line into the texts of its flags.
 
     Args:
-        argv: `--name value` or `--name=value`, with - or _ in the name. The last of two equal names wins. A flag of a
-            boolean field may stand without a value, which means true.
+        argv: `--name value` or `--name=value`, with - or _ in the name. The last of two equal names wins, unless the
+            field is a tuple. A flag of a boolean field may stand without a value, which means true.
         cls: the dataclass that the flags are for.
 
     Returns:
-        The text of each flag by its name.
+        The text of each flag by its name; all of them, in their order, for a field that is a tuple.
 
     Raises:
         ConfigError: the command line holds something else.
@@ -59,8 +58,12 @@ def split_flags(argv: Sequence[str], cls: type) -> dict[str, str]:
             if bare and known.get(name) is not bool:
                 raise ConfigError(f"no value (command line, --{name}): write --{name} VALUE")
             value = "true" if bare else rest.pop(0)
-        flags[name] = value
+        flags[name] = (*flags.get(name, ()), value) if _is_tuple(known.get(name)) else value
     return flags
+
+
+def _is_tuple(kind: Any) -> bool:
+    return typing.get_origin(kind) is tuple
 
 
 def check_name(name: str, known: Iterable[str], where: str) -> None:
@@ -77,11 +80,12 @@ def check_name(name: str, known: Iterable[str], where: str) -> None:
     raise ConfigError(f"unknown option ({where}, {'--' if where == 'command line' else ''}{name}): {remedy}")
 
 
-def parse(cls: type, values: dict[str, str], where: str) -> Any:
+def parse(cls: type, values: dict[str, str | tuple[str, ...]], where: str) -> Any:
     """Build a dataclass from the texts of its flags.
 
     Args:
-        cls: the dataclass; a field is a section, or an int, float, bool, str or Literal, or one of them or None.
+        cls: the dataclass; a field is a section, or an int, float, bool, str or Literal, or some of them or None, or
+            tuple[str, ...].
         values: the text of each flag by its name; the other fields keep their defaults.
         where: where the texts come from, for error messages.
 
@@ -102,7 +106,9 @@ def _build(cls: type, values: dict[str, str], where: str, prefix: str) -> Any:
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"no value ({where}, --{name}): write --{name} VALUE")
     try:
-        return cls(**arguments)
+        built = cls(**arguments)
+        check_fields(built)  # which also expands `~`
+        return built
     except ArgumentError as error:  # a check of the dataclass itself: `WHAT: REMEDY`
         what, _, remedy = str(error).partition(": ")
         section = f", {prefix.rstrip('.')}" if prefix else ""
@@ -111,22 +117,27 @@ def _build(cls: type, values: dict[str, str], where: str, prefix: str) -> Any:
 
 def _convert(text: str, kind: Any, name: str, where: str) -> Any:
     """The value that a text means for a field of this type."""
+    if _is_tuple(kind):
+        return text
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         if text in options:
             return text
         expected = f"one of {', '.join(map(repr, options))}"
     else:
+        words = [word for option in options for word in typing.get_args(option)]  # as in int | Literal["last"]
+        if text in words:
+            return text
         if types.NoneType in options:
-            if text.lower() in ("", "none", "null"):
+            if text.lower() in ("", "none", "null") and Text not in options:
                 return None
-            (kind,) = (option for option in options if option is not types.NoneType)
-        expected = WORDS[kind]
+            (kind,) = (option for option in options if option in WORDS and option is not types.NoneType)
+        expected = " or ".join([WORDS[kind], *words])
         try:
             return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (ValueError, KeyError):
             pass
-    raise ConfigError(f"--{name} is {text!r} ({where}): use {expected}")
+    raise ConfigError(f"--{name} is {shortened(repr(text))} ({where}): use {expected}")
 
 
 def help_text(cls: type, prog: str) -> str:
@@ -147,10 +158,12 @@ def _describe(parser: argparse.ArgumentParser, cls: type, prefix: str) -> None:
             sections.append((field.type, f"{name}."))
             continue
         required = field.default is dataclasses.MISSING
-        default = "required" if required else f"default: {'none' if field.default in (None, '') else field.default}"
-        options = [str(option) for option in typing.get_args(field.type) if isinstance(option, str)]
-        kinds = [kind for kind in (field.type, *typing.get_args(field.type)) if kind in WORDS]
-        metavar = "|".join(options) or kinds[0].__name__.upper()
+        default = "required" if required else f"default: {'none' if field.default in (None, '', ()) else field.default}"
+        default = f"repeatable; {default}" if _is_tuple(field.type) else default
+        options = typing.get_args(field.type)
+        words = [word for option in options for word in (option, *typing.get_args(option)) if isinstance(word, str)]
+        kinds = [kind for kind in (field.type, *options) if kind in WORDS and kind is not types.NoneType]
+        metavar = "|".join([*(kind.__name__.upper() for kind in kinds), *words])
         group.add_argument(f"--{name}", metavar=metavar, help=f"{docs[field.name]} ({default})".replace("%", "%%"))
     for inner, name in sections:
         _describe(parser, inner, name)

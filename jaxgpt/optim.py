@@ -6,6 +6,7 @@ import functools
 import jax
 import optax
 
+from jaxgpt.checks import check_fields
 from jaxgpt.errors import ArgumentError
 
 
@@ -33,6 +34,7 @@ class OptimConfig:
     """Batches per step, whose gradients are averaged."""
 
     def __post_init__(self):
+        check_fields(self)
         minimums = {"min_learning_rate": 0, "warmup_steps": 0, "decay_steps": 0, "weight_decay": 0, "grad_clip": 0}
         for name, bound in {**minimums, "grad_accumulation": 1}.items():
             if not getattr(self, name) >= bound:
@@ -45,22 +47,31 @@ class OptimConfig:
 
 
 @functools.cache  # one object per config, so that a second train() in the same process reuses the compiled step
-def schedule(config: OptimConfig) -> optax.Schedule:
+def schedule(config: OptimConfig, steps: int = 0) -> optax.Schedule:
     """Build the learning rate schedule: linear warm-up, cosine decay, then constant.
 
     Args:
-        config: with decay_steps above 0, as train() sets it.
+        config: the settings.
+        steps: of the whole run; the cosine decay ends there if decay_steps is 0.
 
     Returns:
         A function from the step, counted from 0, to the learning rate.
 
+    Raises:
+        ArgumentError: the final rate is above the peak rate.
+
     Source: nanoGPT's get_lr, with warm-up counted from 1 so that the first step changes the parameters.
     """
+    if config.min_learning_rate > config.learning_rate:
+        raise ArgumentError(
+            f"min_learning_rate {config.min_learning_rate} is above learning_rate {config.learning_rate} (optim): "
+            "lower it; for a constant rate, set both to the same value"
+        )
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup_steps + 1),
         peak_value=config.learning_rate,
         warmup_steps=config.warmup_steps,
-        decay_steps=max(config.decay_steps, config.warmup_steps + 1),
+        decay_steps=max(config.decay_steps or steps, config.warmup_steps + 1),
         end_value=config.min_learning_rate,
     )
 
@@ -78,11 +89,12 @@ def decay_mask(params) -> dict:
 
 
 @functools.cache
-def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, steps: int = 0) -> optax.GradientTransformation:
     """Build the optimizer: gradient clipping, then AdamW.
 
     Args:
         config: as for `schedule`.
+        steps: as for `schedule`.
 
     Returns:
         The optax transformation.
@@ -90,6 +102,6 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization".
     """
     adamw = optax.adamw(
-        schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decay_mask
+        schedule(config, steps), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=decay_mask
     )
     return optax.chain(optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity(), adamw)

@@ -1,11 +1,25 @@
 import dataclasses
 import pathlib
+import re
+import typing
 
+import numpy as np
 import pytest
 
-from jaxgpt import Config, load_config
+import jaxgpt
+from jaxgpt import Config, GPTConfig, cli, flags, load_config, optim
 from jaxgpt import config as configs
+from jaxgpt.checks import Path
 from jaxgpt.config import ConfigError
+from jaxgpt.data import DataConfig
+from jaxgpt.errors import ArgumentError
+from jaxgpt.interop.export import ExportArgs
+from jaxgpt.interop.importing import ImportArgs
+from jaxgpt.text.prepare import PrepareArgs
+from jaxgpt.tools.evaluate import EvalArgs
+from jaxgpt.tools.ladder import LadderArgs
+from jaxgpt.tools.replay import ReplayArgs
+from jaxgpt.tools.sample import SampleArgs
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
@@ -131,6 +145,9 @@ def test_a_wrong_command_line_is_one_line_with_the_remedy(argv, message):
         ("- 1\n- 2\n", "no sections"),
         ("base: bad.yaml\n", "its own base"),
         ("base: nowhere.yaml\n", "no such config"),
+        ("seed: 1\nmodel:\n  n_layer: 1\nseed: 2\n", r"twice \(.*bad.yaml, line 4, seed\)"),
+        ("model:\n  n_layer: 1\nmodel:\n  n_head: 1\n", r"twice \(.*bad.yaml, line 3, model\)"),
+        ("model:\n  n_layer: 1\n  n_head: 1\n  n_layer: 1\n", r"twice \(.*bad.yaml, line 4, n_layer\)"),
         ("seed: !!python/object/apply:os.system ['true']\n", "not a single value"),
     ],
 )
@@ -148,8 +165,11 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
 
 def test_only_fields_that_decide_the_numbers_count_as_different():
     ours = configs.flat(load_config([]))
-    same = load_config(["--run.dir", "else", "--train.steps", "9", "--train.log_interval", "3", "--run.keep", "5"])
-    assert configs.differences(ours, configs.flat(same)) == []
+    same = ["--run.dir", "else", "--train.steps", "9", "--train.log_interval", "3", "--run.keep", "5"]
+    same += ["--optim.decay_steps", "2000", "--data.path", "moved.txt"]  # which is where the cosine ended before
+    assert configs.differences(ours, configs.flat(load_config(same))) == []
+    more = configs.flat(load_config(["--train.steps", "9"]))
+    assert configs.differences(ours, more) == ["optim.decay_steps (was 2000, now 9)"]
     other = configs.flat(load_config(["--model.n_layer", "2", "--seed", "1"]))
     assert configs.differences(ours, other) == ["seed (was 1337, now 1)", "model.n_layer (was 4, now 2)"]
 
@@ -159,3 +179,120 @@ def test_a_field_that_came_later_had_its_default_before():
     before = {name: value for name, value in now.items() if name != "model.n_layer"}
     assert configs.differences(before, now) == []
     assert configs.differences(before, {**now, "model.n_layer": 9}) == ["model.n_layer (was 4, now 9)"]
+
+
+COMMANDS = [Config, SampleArgs, EvalArgs, ReplayArgs, LadderArgs, ImportArgs, ExportArgs, PrepareArgs]
+
+
+def paths_of(cls):
+    return [name for name, kind in flags.fields(cls).items() if Path in (kind, *typing.get_args(kind))]
+
+
+@pytest.mark.parametrize("cls", COMMANDS, ids=lambda cls: cls.__name__)
+def test_home_is_meant_by_a_tilde_in_every_path(cls, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    required = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+    values = {name.rstrip("_"): "1" for name in required if not dataclasses.is_dataclass(cls.__annotations__[name])}
+    assert paths_of(cls)
+    for name in paths_of(cls):
+        built = flags.parse(cls, {**values, name: "~/x"}, "here")
+        for part in name.split("."):
+            built = getattr(built, part if hasattr(built, part) else part + "_")
+        assert built == "/somewhere/x", name
+
+
+def test_no_field_that_holds_a_path_is_a_plain_text():
+    """What `--help` calls a file or a folder has the type in which `~` is expanded."""
+    plain = {"PrepareArgs.input"}  # several, with commas between them: they are expanded one by one
+    plain |= {"DataConfig.name", "EvalArgs.name", "LadderArgs.name", "PrepareArgs.text_field"}  # they only mention one
+    for cls in COMMANDS:
+        for section in [cls, *(kind for kind in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(kind))]:
+            docs = flags._docstrings(section)
+            for field in dataclasses.fields(section):
+                a_path = re.search(r"\b([Ff]older|[Ff]ile|[Dd]irectory)\b", docs.get(field.name, "").split(".")[0])
+                text = field.type is str or str in typing.get_args(field.type)
+                assert not (a_path and text) or f"{section.__name__}.{field.name}" in plain, field.name
+
+
+def test_the_home_is_meant_from_python_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert configs.RunConfig(dir="~/x").dir == configs.RunConfig(dir=pathlib.Path("~/x")).dir == "/somewhere/x"
+    assert DataConfig(path="~/x").path == "/somewhere/x" and DataConfig(path=None).path is None
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: GPTConfig(n_layer="3"), "n_layer is '3': use a whole number"),
+        (lambda: GPTConfig(n_layer=2.0), "n_layer is 2.0: use a whole number"),
+        (lambda: GPTConfig(dropout="0.1"), "dropout is '0.1': use a number"),
+        (lambda: GPTConfig(positions="rotary"), "positions is 'rotary': use one of 'learned', 'none'"),
+        (lambda: GPTConfig(residual="no"), "residual is 'no': use true or false"),
+        (lambda: DataConfig(path=3), "path is 3: use a path or None"),
+        (lambda: DataConfig(batch_size=None), "batch_size is None: use a whole number"),
+        (lambda: Config(model=3), "model is 3: use GPTConfig"),
+        (lambda: Config(model=DataConfig()), "model is DataConfig.*: use GPTConfig"),
+        (lambda: Config(seed="1"), "seed is '1': use a whole number"),
+        (lambda: configs.RunConfig(resume=True), "resume is True: use one of"),
+        (lambda: load_config("--seed 1"), "one text.*: pass a list of words"),
+        (lambda: jaxgpt.train(None), "not a configuration.*load_config"),
+        (lambda: jaxgpt.train("configs/shakespeare_cpu.yaml"), "not a configuration.*load_config"),
+        (lambda: jaxgpt.load(None), "not a run directory"),
+        (lambda: jaxgpt.load("runs/x", "best"), "a whole number, 'last' or None"),
+    ],
+)
+def test_a_mistake_from_python_names_the_argument_and_the_remedy(make, message):
+    with pytest.raises(ArgumentError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert GPTConfig(n_layer=np.int64(3), dropout=np.float32(0.5)).n_layer == 3
+    assert GPTConfig(dropout=0).dropout == 0
+
+
+@pytest.mark.parametrize("seed, fits", [(0, 1), (2**32 - 1, 1), (2**32, 0), (-1, 0), (99999999999999999999, 0)])
+def test_a_seed_is_one_that_jax_tells_from_the_others(seed, fits, tmp_path):
+    doors = [
+        lambda: Config(seed=seed),
+        lambda: load_config(["--seed", str(seed)]),
+        lambda: load_config(["--config", write(tmp_path / "a.yaml", f"seed: {seed}")]),
+        lambda: flags.parse(SampleArgs, {"run": "x", "seed": str(seed)}, "here"),
+    ]
+    for door in doors:
+        if fits:
+            assert door().seed == seed
+        else:
+            with pytest.raises(ArgumentError, match=r"seed is .*: use a whole number from 0 to 4294967295"):
+                door()
+
+
+@pytest.mark.parametrize("word", ["true", "True", "null", "None", "", "~", "1.0"])
+def test_free_text_is_never_taken_for_another_value(word):
+    assert flags.parse(SampleArgs, {"run": "x", "prompt": word}, "here").prompt == word
+    assert flags.parse(SampleArgs, {"run": "x"}, "here").prompt is None
+
+
+def test_a_minimum_above_the_peak_rate_is_an_error_that_names_both():
+    both = r"min_learning_rate 0.1 is above learning_rate 0.01.*lower it"
+    with pytest.raises(ArgumentError, match=both):
+        optim.schedule(optim.OptimConfig(learning_rate=0.01, min_learning_rate=0.1), 10)
+    optim.schedule(optim.OptimConfig(learning_rate=0.01, min_learning_rate=0.01), 10)
+
+
+def test_the_cosine_ends_with_the_run_unless_told_otherwise():
+    given = optim.OptimConfig(warmup_steps=0, decay_steps=0)
+    for steps in (10, 20):
+        rate = optim.schedule(given, steps)
+        assert float(rate(steps)) == pytest.approx(given.min_learning_rate)
+        assert float(rate(steps - 1)) > 1.01 * given.min_learning_rate
+    rate = optim.schedule(dataclasses.replace(given, decay_steps=10), 20)
+    assert float(rate(10)) == pytest.approx(given.min_learning_rate)
+
+
+@pytest.mark.parametrize("text", ["x" * 50_000, "ä\x1b" * 30_000])
+def test_an_error_line_is_short_however_long_its_cause(text):
+    for error in (ConfigError(f"no such thing (here, {text}): do this"), ArgumentError(text)):
+        code, line = cli.describe(error)
+        assert code == 2 and len(line) < 1100 and line.endswith(str(error)[-100:].replace("\x1b", "\\x1b")[-100:])

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxgpt.checks import check_fields
 from jaxgpt.errors import ArgumentError, JaxgptError
 
 A = TypeVar("A")
@@ -43,6 +44,7 @@ class DistributedConfig:
     """Seconds without a heartbeat after which a process counts as dead."""
 
     def __post_init__(self):
+        check_fields(self)
         if self.heartbeat_timeout < 1:
             raise ArgumentError(f"heartbeat_timeout is {self.heartbeat_timeout}: use 1 second or more")
         if self.coordinator_address is not None and ":" not in self.coordinator_address:
@@ -142,7 +144,11 @@ def from_first(make: Callable[[], A]) -> A:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error means that another process died; JAX raises several exception types for that."""
+    """Whether an error means that another process died; JAX raises several exception types for that.
+
+    Our own errors and the operating system's never do: what they quote, such as the name of a folder, may be anything.
+    """
     signs = ("Gloo", "NCCL", "onnection closed", "onnection reset", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat",
              "Barrier", "CoordinationService", "coordination service", "shut down")  # fmt: skip
-    return is_multi_process() and isinstance(error, Exception) and any(sign in str(error) for sign in signs)
+    foreign = isinstance(error, RuntimeError | ValueError) and not isinstance(error, JaxgptError)
+    return is_multi_process() and foreign and any(sign in str(error) for sign in signs)

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.checks import check_fields
 from jaxgpt.errors import ArgumentError
 
 AXES = ("data", "fsdp", "tensor")
@@ -51,6 +52,7 @@ class MeshConfig:
     """Devices that split the heads and the hidden channels; -1 = all remaining devices."""
 
     def __post_init__(self):
+        check_fields(self)
         sizes = [getattr(self, axis) for axis in AXES]
         if sizes.count(-1) > 1:
             raise ArgumentError("mesh has several axes of -1: use -1 for only one of them")
@@ -202,6 +204,13 @@ def pin_batch(x: jax.Array) -> jax.Array:
     if mesh is None or x.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH))
+
+
+def whole_batches(rows: int) -> int:
+    """Return the smallest number of rows, from `rows` on, that the devices of the mesh can split."""
+    mesh = _mesh()
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH)
+    return -(-rows // parts) * parts
 
 
 def padded(vocab_size: int, tensor: int) -> int:
