@@ -4,32 +4,20 @@ Shapes in all files: B batch, T query time, S key time, C channels (n_embd), H h
 """
 
 import dataclasses
-import functools
 import operator
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxgpt.checks import check_fields
 from jaxgpt.devices.attention import Kernel, causal
 from jaxgpt.devices.dropout import Dropout
-from jaxgpt.devices.matmul import dot_general
 from jaxgpt.devices.remat import Remat, call_block
 from jaxgpt.devices.sharding import pin_batch
 from jaxgpt.errors import ArgumentError
-
-INIT_STDDEV = 0.02  # GPT-2's value, which the lecture adopts at its end
-LAYER_NORM_EPSILON = 1e-5  # as in PyTorch and GPT-2; Flax defaults to 1e-6
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "relu": jax.nn.relu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # erf form, torch.nn.GELU()
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
-}
-ModuleList = getattr(nnx, "List", list)  # Flax 0.11 has no nnx.List and accepts a plain list
+from jaxgpt.layers import ACTIVATIONS, ModuleList, layer_norm, linear, replace, table, unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +36,8 @@ class GPTConfig:
     """Channels of the residual stream; 0 = vocab_size (the bigram model, whose token table holds the logits)."""
     dropout: float = 0.0
     """Probability of zeroing attention weights and branch outputs, in [0, 1), rounded to the nearest 1/256."""
+    attention_dropout: float | None = None
+    """Probability of zeroing attention weights; none = dropout. With 0, fused attention kernels can train."""
     positions: Literal["learned", "none"] = "learned"
     """Position information: a learned embedding table, or none."""
     lm_head: Literal["linear", "tied", "none"] = "linear"
@@ -70,17 +60,20 @@ class GPTConfig:
     """Initial weights: normal; scaled = normal, divided by sqrt(2 n_layer) in projections into the stream (GPT-2);
     torch = PyTorch's defaults, which the lecture uses until its last rungs."""
     attention: Kernel = "auto"
-    """Attention kernel for training: xla (the lecture's lines), cudnn (NVIDIA GPU, bfloat16), splash (TPU), or auto
-    (cudnn or splash where supported, else xla). Attention dropout always uses xla."""
+    """Attention kernel: xla (the lecture's lines), cudnn (NVIDIA GPU, bfloat16), splash (TPU), or auto (cudnn or splash
+    where supported, else xla). Attention dropout, and what a kernel does not take, always use xla."""
     remat: Remat = "none"
     """Recompute in the backward pass to save memory: nothing, all but weight matmuls (dots), or whole blocks (full)."""
 
     def __post_init__(self):
+        check_fields(self)
         for name, minimum in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
             if getattr(self, name) < minimum:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use {minimum} or more")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ArgumentError(f"dropout is {self.dropout}: use a probability from 0 up to but not including 1")
+        for name in ("dropout", "attention_dropout"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
+                probability = "use a probability from 0 up to but not including 1"
+                raise ArgumentError(f"{name} is {getattr(self, name)}: {probability}")
         if self.n_layer and self.n_embd % self.n_head:
             raise ArgumentError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
         if self.mlp_ratio < 0 or (self.mlp_ratio > 1 and not self.projection):
@@ -110,51 +103,14 @@ class Cache(NamedTuple):
     length: jax.Array
 
 
-# cached, because an initializer is a static attribute of its layer: a new function object forces a recompilation
-_normal = functools.cache(nnx.initializers.normal)
-_uniform = functools.cache(lambda bound: functools.partial(jax.random.uniform, minval=-bound, maxval=bound))
-
-
-def _table(config: GPTConfig, rows: int, rngs: nnx.Rngs):
-    stddev = 1.0 if config.init == "torch" else INIT_STDDEV
-    table = nnx.Embed(rows, config.width, embedding_init=_normal(stddev), rngs=rngs)
-    table.dtype = None  # follow the parameters' dtype at each call; nnx.Embed fixes the dtype at construction
-    return table
-
-
-def _linear(config: GPTConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, stddev: float = INIT_STDDEV):
-    kernel_init, bias_init = _normal(stddev), nnx.initializers.zeros_init()
-    if config.init == "torch":
-        kernel_init = bias_init = _uniform(inputs**-0.5)
-    options = {"kernel_init": kernel_init, "bias_init": bias_init, "dot_general": dot_general}
-    return nnx.Linear(inputs, outputs, use_bias=bias, rngs=rngs, **options)
-
-
-def _linear_into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
-    if not config.projection:
-        return _unchanged
+def _into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
+    """The linear layer at the end of a branch, which projects its output into the residual stream."""
     scale = (2 * config.n_layer) ** -0.5 if config.init == "scaled" else 1.0
-    return _linear(config, inputs, config.width, config.bias != "none", rngs, INIT_STDDEV * scale)
+    return linear(inputs, config.width, config.bias != "none", config.init, rngs, scale)
 
 
-def _layer_norm(config: GPTConfig, rngs: nnx.Rngs):
-    if config.norm == "none":
-        return _unchanged
-    # the fast variance, E[x^2] - E[x]^2, loses digits when the mean is large
-    options = {"epsilon": LAYER_NORM_EPSILON, "use_fast_variance": False}
-    return nnx.LayerNorm(config.width, use_bias=config.bias != "none", rngs=rngs, **options)
-
-
-def _unchanged(x):
-    return x
-
-
-def _flat(heads):
-    return heads.reshape(-1, *heads.shape[2:])
-
-
-def _replace(_stream, branch):
-    return branch
+def _norm(config: GPTConfig, rngs: nnx.Rngs):
+    return unchanged if config.norm == "none" else layer_norm(config.width, config.bias != "none", rngs)
 
 
 class Attention(nnx.Module):
@@ -166,34 +122,47 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C = config.width
         self.n_head, self.kernel = config.n_head, config.attention
-        self.query, self.key, self.value = (_linear(config, C, C, config.bias == "all", rngs) for _ in range(3))
-        self.dropout = Dropout(config.dropout)
-        self.proj = _linear_into_stream(config, C, rngs)
+        self.query, self.key, self.value = (linear(C, C, config.bias == "all", config.init, rngs) for _ in range(3))
+        self.dropout = Dropout(config.dropout if config.attention_dropout is None else config.attention_dropout)
+        self.proj = _into_stream(config, C, rngs) if config.projection else unchanged
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
-        """Attend: (B, T, C) -> (B, T, C), and the keys and values that the queries could see, each (B * H, S, D).
+        """Let each token attend to itself and to the tokens before it.
 
-        Without `keys_values`, the T tokens attend to each other. With them, the tokens begin at position `start`.
+        Args:
+            x: (B, T, C), the normalised stream.
+            keys_values: those of earlier tokens, two (B * H, S, D) arrays with room for these T; None = there are none.
+            start: () integer, the position of the first of the T tokens in `keys_values`.
+            rngs: source of the dropout masks; None switches dropout off.
+
+        Returns:
+            (B, T, C), and the keys and values that the queries could see, each (B * H, S, D).
         """
         B, T, C = x.shape
         q, k, v = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
-        kv = _flat(k), _flat(v)
-        if keys_values is None and self.kernel in ("cudnn", "splash") and (rngs is None or not self.dropout.rate):
-            out = causal(q, k, v, self.kernel)
-            return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kv
+        kv = self._flat(k), self._flat(v)
         if keys_values is not None:
             kv = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, start, 1) for pair in zip(keys_values, kv))
-            q, (k, v) = _flat(q), kv
-        S = k.shape[-2]
+            out = self._attend(self._flat(q), *kv, start, rngs)
+        elif rngs is not None and self.dropout.rate:
+            out = self._attend(q, k, v, start, rngs)
+        else:
+            out = causal(q, k, v, self.kernel, plain=self._attend)
+        out = out.reshape(B, self.n_head, T, -1).swapaxes(1, 2).reshape(B, T, C)  # the heads are concatenated
+        return self.proj(out), kv
+
+    def _attend(self, q, k, v, start=0, rngs=None):  # (..., T, D), (..., S, D) -> (..., T, D)
+        T, S = q.shape[-2], k.shape[-2]
         scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         visible = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
-        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(x.dtype)
-        weights = self.dropout(weights, rngs)
-        out = jnp.einsum("...ts,...sd->...td", weights, v).reshape(B, self.n_head, T, -1)
-        return self.proj(out.swapaxes(1, 2).reshape(B, T, C)), kv  # the heads are concatenated
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(q.dtype)
+        return jnp.einsum("...ts,...sd->...td", self.dropout(weights, rngs), v)
 
-    def _heads(self, x):
+    def _heads(self, x):  # (B, T, C) -> (B, H, T, D)
         return x.reshape(*x.shape[:2], self.n_head, -1).swapaxes(1, 2)
+
+    def _flat(self, heads):  # (B, H, T, D) -> (B * H, T, D)
+        return heads.reshape(-1, *heads.shape[2:])
 
 
 class MLP(nnx.Module):
@@ -201,12 +170,19 @@ class MLP(nnx.Module):
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         C, hidden = config.width, config.mlp_ratio * config.width
-        self.fc = _linear(config, C, hidden, config.bias != "none", rngs)
+        self.fc = linear(C, hidden, config.bias != "none", config.init, rngs)
         self.activation = ACTIVATIONS[config.activation]
-        self.proj = _linear_into_stream(config, hidden, rngs)
+        self.proj = _into_stream(config, hidden, rngs) if config.projection else unchanged
 
     def __call__(self, x):
-        """Transform each token: (B, T, C) -> (B, T, C)."""
+        """Transform each token.
+
+        Args:
+            x: (B, T, C), the normalised stream.
+
+        Returns:
+            (B, T, C).
+        """
         return self.proj(self.activation(self.fc(x)))
 
 
@@ -214,15 +190,23 @@ class Block(nnx.Module):
     """A transformer block: communication (attention), then computation (feed-forward)."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.ln_1 = _layer_norm(config, rngs)
+        self.ln_1 = _norm(config, rngs)
         self.attn = Attention(config, rngs=rngs)
-        self.ln_2 = _layer_norm(config, rngs)
+        self.ln_2 = _norm(config, rngs)
         self.mlp = MLP(config, rngs=rngs) if config.mlp_ratio else None
         self.dropout = Dropout(config.dropout)
-        self.join = operator.add if config.residual else _replace
+        self.join = operator.add if config.residual else replace
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
-        """Apply the block: (B, T, C) -> (B, T, C), and the keys and values of its attention layer."""
+        """Let the tokens communicate, then let each compute.
+
+        Args:
+            x: (B, T, C), the stream.
+            keys_values, start, rngs: as for `Attention`.
+
+        Returns:
+            The stream after the block, (B, T, C), and the keys and values of its attention layer.
+        """
         attended, keys_values = self.attn(self.ln_1(x), keys_values, start, rngs)
         x = self.join(x, self.dropout(attended, rngs))
         if self.mlp is not None:
@@ -242,12 +226,13 @@ class GPT(nnx.Module):
         self.config = config
         V, C = config.vocab_size, config.width
         learned = config.positions == "learned"
-        self.token_embedding_table = _table(config, V, rngs)
-        self.position_embedding_table = _table(config, config.block_size, rngs) if learned else None
+        self.token_embedding_table = table(V, C, config.init, rngs)
+        self.position_embedding_table = table(config.block_size, C, config.init, rngs) if learned else None
         self.dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = ModuleList([Block(config, rngs=rngs) for _ in range(config.n_layer)])
-        self.ln_f = _layer_norm(config, rngs)
-        self.lm_head = _linear(config, C, V, config.bias != "none", rngs) if config.lm_head == "linear" else None
+        self.ln_f = _norm(config, rngs)
+        linear_head = config.lm_head == "linear"
+        self.lm_head = linear(C, V, config.bias != "none", config.init, rngs) if linear_head else None
 
     def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Compute the logits of the next token at every position.
@@ -260,23 +245,25 @@ class GPT(nnx.Module):
             (B, T, V) float32 logits.
 
         Raises:
-            ValueError: T is greater than block_size.
+            ArgumentError: the tokens are no (B, T) array of integers, or T is greater than block_size.
         """
         x, _ = self.hidden(tokens, rngs=rngs)
         return self.logits(x)
 
     def hidden(self, tokens: jax.Array, cache: Cache | None = None, *, rngs: nnx.Rngs | None = None):
-        """Compute the (B, T, C) stream that the head reads, and the Cache including these tokens.
+        """Compute the stream that the head reads.
 
         Args:
             tokens, rngs: as for `__call__`.
             cache: the tokens before these; the caller keeps cache.length + T within block_size.
+
+        Returns:
+            (B, T, C), and the Cache including these tokens.
+
+        Raises:
+            ArgumentError: as for `__call__`.
         """
-        chex.assert_rank(tokens, 2)
-        chex.assert_type(tokens, int)
-        T = tokens.shape[1]
-        if T > self.config.block_size:
-            raise ArgumentError(f"{T} tokens do not fit block_size {self.config.block_size}: pass only the last ones")
+        T = self._length(tokens)
         start = jnp.int32(0) if cache is None else cache.length
         x = pin_batch(self.dropout(self.embed(tokens, start), rngs))
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
@@ -285,15 +272,39 @@ class GPT(nnx.Module):
             x = pin_batch(x)
         return self.ln_f(x), Cache(tuple(layers), start + T)
 
+    def _length(self, tokens) -> int:
+        kind = f"{getattr(tokens, 'dtype', type(tokens).__name__)} of shape {getattr(tokens, 'shape', '?')}"
+        if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(getattr(tokens, "dtype", None), jnp.integer):
+            raise ArgumentError(f"tokens are {kind}: pass an array of integers (B, T), such as ids[None]")
+        if tokens.shape[1] > self.config.block_size:
+            limit = f"block_size {self.config.block_size}"
+            raise ArgumentError(f"{tokens.shape[1]} tokens do not fit {limit}: pass only the last ones")
+        return tokens.shape[1]
+
     def embed(self, tokens: jax.Array, start: jax.Array | int = 0) -> jax.Array:
-        """Embed tokens and their positions, which begin at `start`: (B, T) -> (B, T, C)."""
+        """Look up the tokens and their positions.
+
+        Args:
+            tokens: (B, T) integers.
+            start: () integer, the position of the first token.
+
+        Returns:
+            The sum of both embeddings, (B, T, C).
+        """
         x = self.token_embedding_table(pin_batch(tokens))
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table(start + jnp.arange(tokens.shape[1]))
         return x
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Apply the head to the output of `hidden`: (B, T, C) -> (B, T, V) float32."""
+        """Apply the head.
+
+        Args:
+            x: (B, T, C), from `hidden`.
+
+        Returns:
+            (B, T, V) float32.
+        """
         if self.config.lm_head == "none":
             return x.astype(jnp.float32)
         if self.lm_head is None:

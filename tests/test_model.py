@@ -1,5 +1,6 @@
 import math
 import pathlib
+import re
 
 import chex
 import jax
@@ -9,7 +10,9 @@ import pytest
 from flax import nnx
 
 from jaxgpt import load_config
-from jaxgpt.model import ACTIVATIONS, GPT, Cache, GPTConfig
+from jaxgpt.errors import ArgumentError
+from jaxgpt.layers import ACTIVATIONS
+from jaxgpt.model import GPT, Cache, GPTConfig
 from jaxgpt.step import token_losses
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
@@ -187,10 +190,15 @@ def test_torch_init_draws_linear_layers_within_one_over_root_fan_in():
 
 def test_model_refuses_what_is_not_a_batch_of_tokens():
     model = GPT(SMALL, rngs=nnx.Rngs(0))
-    with pytest.raises(AssertionError):
-        model(jnp.zeros(8, jnp.int32))
-    with pytest.raises(AssertionError):
-        model(jnp.zeros((1, 8), jnp.float32))
+    for kind, wrong in {
+        "int32 of shape (8,)": jnp.zeros(8, jnp.int32),
+        "float32 of shape (1, 8)": jnp.zeros((1, 8)),
+        "bool of shape (1, 8)": jnp.zeros((1, 8), bool),
+        "list of shape ?": [[0, 1]],
+        "str of shape ?": "ROMEO",
+    }.items():
+        with pytest.raises(ArgumentError, match=re.escape(f"tokens are {kind}: pass an array of integers (B, T)")):
+            model(wrong)
     with pytest.raises(ValueError, match="9 tokens do not fit block_size 8"):
         model(jnp.zeros((1, 9), jnp.int32))
     with pytest.raises(ValueError, match="vocab_size"):
