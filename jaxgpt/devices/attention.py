@@ -3,7 +3,9 @@
 The kernels have no dropout and no key/value cache. Where these are needed, the model uses its own code.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import chex
@@ -11,78 +13,102 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.errors import ArgumentError
+from jaxgpt.devices import chips
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
 TILE = 128  # splash attention needs T to be a multiple of this
 
 
 def choose(kernel: Kernel, platform: str, dtype: jnp.dtype, block_size: int, head_size: int) -> Kernel:
-    """Resolve `auto`: the platform's fused kernel if it supports the sizes and the dtype, otherwise xla.
+    """Resolve `auto`: the platform's fused kernel if it takes the sizes and the dtype, otherwise xla.
 
     Args:
         kernel: as configured; anything but auto is returned unchanged.
         platform: JAX's name for it: cpu, gpu or tpu.
-        dtype: dtype of the computation; the cuDNN kernel supports half precision only.
+        dtype: dtype of the computation.
         block_size: T, in tokens.
         head_size: D.
     """
     if kernel != "auto":
         return kernel
-    if platform == "gpu" and dtype == jnp.bfloat16 and head_size % 8 == 0 and head_size <= 128:
-        return "cudnn"
-    if platform == "tpu" and block_size % TILE == 0 and head_size % 64 == 0:
-        return "splash"
-    return "xla"
+    found = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
+    too_small = found == "splash" and head_size % 64  # for a TPU's matrix unit
+    return found if fits(found, dtype, block_size, head_size) and not too_small else "xla"
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Literal["cudnn", "splash"]) -> jax.Array:
-    """Compute scaled causal attention for all heads with a fused kernel.
+def fits(kernel: Kernel, dtype: jnp.dtype, block_size: int, head_size: int) -> bool:
+    """Whether a fused kernel takes the sizes and the dtype; its platform is another question.
+
+    Args:
+        kernel: any; xla is not fused.
+        dtype: dtype of the computation; the cuDNN kernel takes half precision only.
+        block_size: T, in tokens.
+        head_size: D.
+    """
+    if kernel == "cudnn":
+        return (
+            dtype in (jnp.bfloat16, jnp.float16) and head_size % 8 == 0 and head_size <= 128 and not chips.is_old_gpu()
+        )
+    return kernel == "splash" and block_size % TILE == 0
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Kernel, plain: Callable[..., jax.Array]) -> jax.Array:
+    """Compute scaled causal attention for all heads, with a fused kernel where one can be used.
+
+    The kernel is chosen for this call: by its sizes and dtype, and when the program is lowered, by its platform. So a
+    model can be called anywhere, whatever it was trained with.
 
     Args:
         q: (B, H, T, D) floating.
         k: same shape and dtype as q.
         v: same shape and dtype as q.
-        kernel: `cudnn` (NVIDIA GPU, half precision) or `splash` (TPU, T a multiple of `TILE`; elsewhere interpreted).
+        kernel: as configured. cudnn runs on NVIDIA GPUs, splash on TPUs (on a CPU it is interpreted, which is slow).
+        plain: computes the same from q, k and v, anywhere.
 
     Returns:
         (B, H, T, D) in the dtype of q.
-
-    Raises:
-        ValueError: the kernel does not run on this machine or with these sizes.
 
     Source: Dao et al. 2022, "FlashAttention".
     """
     chex.assert_rank(q, 4)
     chex.assert_equal_shape([q, k, v])
+    T, D = q.shape[2:]
+    kernel = choose(kernel, jax.default_backend(), q.dtype, T, D) if kernel == "auto" else kernel
+    if not fits(kernel, q.dtype, T, D):
+        return plain(q, k, v)
     if kernel == "cudnn":
-        q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, T, H, D)
         try:
-            return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
-        except RuntimeError as error:
-            raise ArgumentError(f"no cuDNN attention here ({error}): use --model.attention auto") from error
+            return jax.lax.platform_dependent(q, k, v, cuda=_cudnn, default=plain)
+        except RuntimeError:  # jax asks this machine for its cuDNN while it traces
+            return plain(q, k, v)
+    splash = functools.partial(_splash, plain=plain)
     # XLA's partitioner cannot split a kernel, so each device runs it on its own part of the batch and of the heads
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _splash(q, k, v)
+        return splash(q, k, v)
     batch = ("data", "fsdp") if q.shape[0] % math.prod(mesh.shape[axis] for axis in ("data", "fsdp")) == 0 else None
     split = P(batch, "tensor")
-    return jax.shard_map(_splash, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
+    return jax.shard_map(splash, in_specs=(split,) * 3, out_specs=split, check_vma=False)(q, k, v)
 
 
-def _splash(q, k, v):
+def _cudnn(q, k, v):
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # (B, T, H, D)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn").swapaxes(1, 2)
+
+
+def _splash(q, k, v, plain):
     _, H, T, D = q.shape
-    kernel, plain = (jax.vmap(_splash_kernel(H, T, interpret)) for interpret in (False, True))
-    return jax.lax.platform_dependent((q * D**-0.5).astype(q.dtype), k, v, tpu=kernel, default=plain)
+    kernel, interpreted = (jax.vmap(_splash_kernel(H, T, interpret)) for interpret in (False, True))
+
+    def scaled(kernel):
+        return lambda q, k, v: kernel((q * D**-0.5).astype(q.dtype), k, v)
+
+    return jax.lax.platform_dependent(q, k, v, tpu=scaled(kernel), cpu=scaled(interpreted), default=plain)
 
 
 def _splash_kernel(H: int, T: int, interpret: bool):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
-    if T % TILE:
-        raise ArgumentError(
-            f"splash attention needs a window length that is a multiple of {TILE}, not {T}: use --model.attention xla"
-        )
     block = next(size for size in (512, 256, TILE) if T % size == 0)
     sizes = splash.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,

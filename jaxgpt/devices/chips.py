@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import time
 
 import jax
@@ -54,6 +55,15 @@ CHIPS = (
 def find(device_kind: str) -> Chip | None:
     """Return the chip with this `device_kind`; None for a CPU and for a chip that is not in the table."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
+
+
+def is_old_gpu() -> bool:
+    """Whether this machine's GPU is from before compute capability 8.0, such as a T4: it has neither bfloat16 nor
+    cuDNN's fused attention."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = re.fullmatch(r"(\d+)\.\d+", str(getattr(jax.local_devices()[0], "compute_capability", "")))
+    return capability is not None and int(capability[1]) < 8
 
 
 class Peak:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from meshes import MESHES
 
@@ -50,8 +51,8 @@ def test_losses_are_the_same_on_every_mesh(meshes, head, dropout, vocabulary):
     assert "Involuntary full rematerialization" not in done.stderr
     found = json.loads(done.stdout)
     for name in names:
-        # float32, 30 steps: sums over devices are rounded in another order
-        np.testing.assert_allclose(found[name], found["1,1,1"], rtol=0, atol=1e-6, err_msg=name)
+        # float32, 30 steps: sums over devices are rounded in another order, and losses of 4 lie 5e-7 apart
+        np.testing.assert_allclose(found[name], found["1,1,1"], rtol=0, atol=5e-6, err_msg=name)
 
 
 @pytest.mark.full
@@ -169,3 +170,25 @@ def test_a_checkpoint_has_the_shapes_of_the_model_on_any_mesh(tiny_config, tmp_p
     manifest = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").manifest(40)
     assert manifest["mesh"] == {"data": 1, "fsdp": 1, "tensor": 1}
     assert manifest["arrays"]["['params']['token_embedding_table']['embedding']"] == "float32[22, 16]"
+
+
+@pytest.mark.parametrize("rows", [3, 4])
+def test_each_device_evaluates_its_part_of_the_windows_whatever_their_number(rows, monkeypatch):
+    config = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    tokens, flops, used, sums = jnp.arange(500) % 65, [], [], step._sums
+    monkeypatch.setattr(
+        step, "_sums", lambda model, tokens, n, chunks: used.append(n) or sums(model, tokens, n, chunks)
+    )
+    for mesh in (sharding.make_mesh(sharding.MeshConfig(n)) for n in (1, 2)):
+        with jax.set_mesh(mesh):
+            model = init.init_model(config, 0)
+            assert step.evaluate(model, tokens, rows) == pytest.approx(step.evaluate(model, tokens, 1), rel=1e-5)
+            cost = sums.lower(model, tokens, used[-2], 1).compile().cost_analysis()
+            flops.append(cost["flops"] / used[-2])  # per window
+    assert flops[1] < 0.6 * flops[0]
+
+
+@pytest.mark.parametrize("sizes, rows", [((1, 1, 1), 64), ((3, 1, 1), 66), ((3, 2, 1), 66), ((256, 1, 1), 256)])
+def test_a_batch_is_rounded_up_to_what_the_devices_can_split(sizes, rows):
+    with jax.sharding.use_abstract_mesh(AbstractMesh(sizes, sharding.AXES)):
+        assert sharding.whole_batches(64) == rows
