@@ -10,9 +10,9 @@ _HOMES = {
     "Config": "jaxgpt.config",
     "GPT": "jaxgpt.model",
     "GPTConfig": "jaxgpt.model",
-    "Run": "jaxgpt.runs.directory",
+    "Run": "jaxgpt.runs.loading",
     "generate": "jaxgpt.sampling",
-    "load": "jaxgpt.runs.directory",
+    "load": "jaxgpt.runs.loading",
     "load_config": "jaxgpt.config",
     "train": "jaxgpt.training",
 }

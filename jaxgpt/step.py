@@ -274,13 +274,13 @@ def evaluate(model: GPT, tokens: jax.Array | Iterable[jax.Array], batch_size: in
         model: in the compute dtype.
         tokens: (N,) integers, or several such pieces. Consecutive windows predict every token of a piece but the first
             exactly once.
-        batch_size: windows per batch.
+        batch_size: windows per batch; more if the devices of the mesh do not divide it.
         chunks: as for `token_losses`.
 
     Returns:
         The mean loss in nats per token.
     """
-    nats, count = 0.0, 0
+    nats, count, batch_size = 0.0, 0, sharding.whole_batches(batch_size)
     for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray) else tokens:
         nats += np.sum(np.asarray(_sums(model, jnp.asarray(piece), batch_size, chunks), np.float64))
         count += len(piece) - 1

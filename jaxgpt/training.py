@@ -19,10 +19,11 @@ from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.files import lock, storage
 from jaxgpt.init import abstract, abstract_state, first_state
 from jaxgpt.loop import TrainingLoop
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.runs import init_from, metrics, report
-from jaxgpt.runs.directory import Run, RunDirectory, open_run
+from jaxgpt.runs.directory import RunDirectory, open_run
+from jaxgpt.runs.loading import Run
 from jaxgpt.step import StepSpec, TrainState, cast, evaluate
 from jaxgpt.text.source import Source, describe, open_source
 
@@ -43,6 +44,8 @@ def train(config: Config) -> Run:
         BusyError: another process trains in the run directory.
         StorageError: the run directory has no room or cannot be written.
     """
+    if not isinstance(config, Config):
+        raise ConfigError(f"not a configuration ({type(config).__name__}): pass what `jaxgpt.load_config` returns")
     started = time.perf_counter()
     with _claim(config) as mesh, contextlib.ExitStack() as stack:
         source = open_source(config.data)
@@ -53,16 +56,10 @@ def train(config: Config) -> Run:
         source.split(mesh, config.model.block_size)
         weights = init_from.check(config, source.tokenizer) if run.step is None else None
         run.begin(shapes)
-        if run.step is not None:
-            state = run.restore(shapes)
-        elif weights is not None:
-            state = init_from.initial_state(config, weights, spec.tx, shapes)
-        else:
-            state = first_state(config.model, spec.tx, config.seed)
-
+        state = new_state(config, weights, spec, shapes) if run.step is None else run.restore(shapes)
         emit = stack.enter_context(_sinks(run))
         start = start_record(config, mesh, source, state)
-        emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"])})
+        emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"]), "changed": run.changed})
         peak = chips.Peak(list(mesh.devices.flat))
         loop = TrainingLoop(config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started)
         with stop_requests() as stop_request:
@@ -96,10 +93,11 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
     with contextlib.ExitStack() as stack:
         if processes.is_first():
             title = run.config.run.dir.rstrip("/").rpartition("/")[2]
-            stack.callback(report.draw_loss, run.folder, title)
-            sinks = [metrics.JsonLines(run.folder / "metrics.jsonl"), metrics.Console(run.config.train.steps)]
-            for sink in sinks:
-                stack.callback(sink.close)
+            stack.callback(metrics.optional("loss.png", report.draw_loss), run.folder, title)
+            file, console = metrics.JsonLines(run.folder / "metrics.jsonl"), metrics.Console(run.config.train.steps)
+            stack.callback(file.close)
+            stack.callback(metrics.optional("progress bar", console.close))
+            sinks = [file, metrics.optional("progress on the screen", console)]
 
         def emit(record: metrics.Record) -> None:
             for sink in sinks:
@@ -108,8 +106,22 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
         yield emit
 
 
+def new_state(config: Config, weights: GPTConfig | None, spec: StepSpec, shapes: TrainState) -> TrainState:
+    """The state before the first step: new weights, or those of the run that `run.init_from` names.
+
+    Args:
+        config: resolved.
+        weights: from `init_from.check`.
+        spec: from `specify`.
+        shapes: from `specify`.
+    """
+    if weights is not None:
+        return init_from.initial_state(config, weights, spec.tx, shapes)
+    return first_state(config.model, spec.tx, config.seed)
+
+
 def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Config:
-    """Fill in what other parts decide: the vocabulary, the end of the schedule, the compute dtype.
+    """Fill in what other parts decide: the vocabulary and the compute dtype.
 
     Args:
         config: as configured.
@@ -130,11 +142,11 @@ def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Con
         )
     dtype = config.train.dtype
     if dtype == "auto":
-        dtype = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
+        without = (platform or jax.default_backend()) == "cpu" or (platform is None and chips.is_old_gpu())
+        dtype = "float32" if without else "bfloat16"
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        optim=dataclasses.replace(config.optim, decay_steps=config.optim.decay_steps or config.train.steps),
         train=dataclasses.replace(config.train, dtype=dtype),
     )
 
@@ -146,9 +158,20 @@ def mesh_config(config: Config) -> sharding.MeshConfig:
 
 
 def abstract_model(config: Config, platform: str) -> GPT:
-    """The model of a resolved configuration without its weights, with the attention of a platform (cpu, gpu, tpu)."""
+    """The model of a resolved configuration without its weights, with the attention of a platform (cpu, gpu, tpu).
+
+    Raises:
+        ConfigError: the attention kernel that the configuration names cannot be used there.
+    """
     model, dtype = config.model, jnp.dtype(config.train.dtype)
-    kernel = attention.choose(model.attention, platform, dtype, model.block_size, model.width // model.n_head)
+    sizes = dtype, model.block_size, model.width // model.n_head
+    kernel = attention.choose(model.attention, platform, *sizes)
+    wrong_platform = platform not in {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}.get(kernel, (platform,))
+    if kernel != "xla" and (wrong_platform or not attention.fits(kernel, *sizes)):
+        raise ConfigError(
+            f"no {kernel} attention here (--model.attention; {platform}, {dtype}, block_size {sizes[1]}, heads of "
+            f"{sizes[2]} channels): use auto"
+        )
     return abstract(dataclasses.replace(model, attention=kernel))
 
 
@@ -171,14 +194,15 @@ def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[St
 
 def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
     """What a resolved configuration compiles to, for a model with or without weights."""
+    dropout = max(config.model.dropout, config.model.attention_dropout or 0.0)
     return StepSpec(
         graphdef=nnx.graphdef(model),
-        tx=optimizer(config.optim),
-        schedule=schedule(config.optim),
+        tx=optimizer(config.optim, config.train.steps),
+        schedule=schedule(config.optim, config.train.steps),
         grad_accumulation=config.optim.grad_accumulation,
         dtype=jnp.dtype(config.train.dtype),
         loss_chunks=config.train.loss_chunks,
-        per_device_gradients=mesh is not None and sharding.takes_mean_over_devices(mesh, config.model.dropout),
+        per_device_gradients=mesh is not None and sharding.takes_mean_over_devices(mesh, dropout),
     )
 
 

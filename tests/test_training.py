@@ -16,7 +16,8 @@ from jaxgpt import init, loop, optim, step, training
 from jaxgpt.devices import chips
 from jaxgpt.devices.stopping import Stopped, stop_requests
 from jaxgpt.errors import CheckpointError
-from jaxgpt.runs import checkpoint
+from jaxgpt.files import storage
+from jaxgpt.runs import checkpoint, loading
 from jaxgpt.runs import directory as run_module
 from jaxgpt.runs.directory import OtherRunError
 
@@ -237,8 +238,9 @@ def test_a_run_on_an_object_store_leaves_everything_there_and_continues_from_it(
     def path(name):
         return local(str(name).replace("gs://bucket", str(tmp_path / "bucket")))
 
-    for module in (checkpoint, run_module):
+    for module in (checkpoint, run_module, loading):
         monkeypatch.setattr(module, "epath", types.SimpleNamespace(Path=path))
+    monkeypatch.setitem(storage.STORES, "gs", "json")
     flags = [*tiny_config, "--run.dir", "gs://bucket/run", "--optim.decay_steps", "40"]
     jaxgpt.train(jaxgpt.load_config([*flags, "--train.steps", "20"]))
     folder = tmp_path / "bucket" / "run"

@@ -1,24 +1,28 @@
 """Checkpoints of a run directory: orbax writes the arrays, and a manifest, written last, makes a step valid."""
 
+import atexit
 import concurrent.futures
 import contextlib
 import itertools
 import math
 import os
 import pathlib
+import shutil
+import tempfile
 import warnings
-from collections.abc import Set
+from collections.abc import Callable, Set
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from etils import epath
 
-from jaxgpt.errors import CheckpointError, JaxgptWarning
+from jaxgpt.errors import CheckpointError, JaxgptWarning, shortened
 from jaxgpt.files import storage
 from jaxgpt.runs import manifest
 from jaxgpt.runs.manifest import MANIFEST
 
+A = TypeVar("A")
 ARRAYS = "state"
 
 
@@ -48,6 +52,17 @@ class Checkpoints:
 
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
+    @cached_property
+    def _arrays(self) -> epath.Path:
+        """The directory by a name that orbax can use: its tensorstore takes a backslash for a slash."""
+        if "\\" not in str(self.directory) or os.name == "nt":
+            return self.directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix="jaxgpt-run-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.symlink(self.directory, alias := os.path.join(folder, "checkpoints"))
+        return epath.Path(alias)
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -59,10 +74,20 @@ class Checkpoints:
         return [step for step in self._folders() if (self.directory / str(step) / MANIFEST).exists()]
 
     def best(self, without: Set[int] = frozenset()) -> int | None:
-        """Find the step with the lowest validation loss, or the latest if none was measured; None if there is none."""
-        losses = {step: self._val_loss(step) for step in self.steps() if step not in without}
-        measured = [step for step in losses if losses[step] is not None]
-        return min(measured, key=losses.__getitem__) if measured else max(losses, default=None)
+        """Find the step with the lowest validation loss, or the latest if none was measured; None if there is none.
+
+        Losses count only if they were measured on the same validation split as the latest one.
+        """
+        facts = {step: self._facts(step) for step in self.steps() if step not in without}
+        measured = {step: each for step, each in facts.items() if each.get("val_loss") is not None}
+        if not measured:
+            return max(facts, default=None)
+        split = _split(measured[max(measured)])
+        comparable = [step for step, each in measured.items() if _split(each) == split]
+        return min(comparable, key=lambda step: measured[step]["val_loss"])
+
+    def _last(self, without: Set[int]) -> int | None:
+        return max((step for step in self.steps() if step not in without), default=None)
 
     def manifest(self, step: int) -> dict[str, Any]:
         """Read the manifest of a step: the facts that were given to `save`, and the list of files.
@@ -131,23 +156,39 @@ class Checkpoints:
             )
         return found
 
-    def best_undamaged(self) -> int | None:
-        """Find the best undamaged step, with a warning for each damaged one. Changes no files.
+    def read_best(self, read: Callable[[int], A], last: bool = False) -> A | None:
+        """Read the best undamaged step, with a warning for each damaged one. Changes no files.
+
+        The run may be training at the same time. If it removes a step while that is being read, the next best one is
+        read, without a word.
+
+        Args:
+            read: called with a step; raises CheckpointError if that cannot be read.
+            last: read the last undamaged step, and not the best.
 
         Returns:
-            The step, or None if nothing was saved yet.
+            What `read` returned, or None if nothing was saved yet.
 
         Raises:
             CheckpointError: checkpoints were saved, but none of them is usable.
         """
         damaged: set[int] = set()
-        while (step := self.best(damaged)) is not None and (damage := self.find_damage(step)):
-            if step in self.steps():  # otherwise the run that trains here has just removed it
+        choose = self._last if last else self.best
+        while (step := choose(damaged)) is not None:
+            try:
+                damage = self.find_damage(step)
+                if damage is None:
+                    return read(step)
+            except CheckpointError:
+                if step in self.steps():
+                    raise
+                continue
+            if step in self.steps():  # otherwise it has just been removed
                 damaged.add(step)
                 _warn(f"checkpoint {step} is damaged ({self.directory / str(step)}, {damage}): skipped")
-        if step is None and damaged:
+        if damaged:
             raise CheckpointError(f"no usable checkpoint is left ({self.directory}): restore one from a copy")
-        return step
+        return None
 
     def check_space(self, shapes: Any, saves: int) -> None:
         """Check, before the first step, that the disk has room for the checkpoints to come.
@@ -187,7 +228,7 @@ class Checkpoints:
         with storage.failures(self.directory):
             if jax.process_index() == 0:
                 self._remove(step)  # left behind by a save that was killed
-            self._orbax.save(self.directory / str(step) / ARRAYS, args=ocp.args.PyTreeSave(state), force=True)
+            self._orbax.save(self._arrays / str(step) / ARRAYS, args=ocp.args.PyTreeSave(state), force=True)
         facts = {"step": step, **facts, "arrays": _signature(state)}
         self._unfinished = self._background.submit(self._finish, step, facts)
 
@@ -216,9 +257,11 @@ class Checkpoints:
         restore_args = ocp.checkpoint_utils.construct_restore_args(shapes)
         request = ocp.args.PyTreeRestore(item=shapes, restore_args=restore_args, partial_restore=True)
         try:
-            return self._orbax.restore(self.directory / str(step) / ARRAYS, args=request)
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            first = str(error).strip().partition("\n")[0]
+            return self._orbax.restore(self._arrays / str(step) / ARRAYS, args=request)
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+                raise
+            first = shortened(str(error).strip().partition("\n")[0], 300)
             raise CheckpointError(
                 f"checkpoint {step} cannot be read ({self.directory}, {first}): use another step or run directory"
             ) from error
@@ -247,11 +290,11 @@ class Checkpoints:
         names = {path.name for path in self.directory.glob("*") if path.is_dir() and not os.path.islink(path)}
         return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
-    def _val_loss(self, step: int) -> float | None:
+    def _facts(self, step: int) -> dict[str, Any]:
         try:
-            return self.manifest(step).get("val_loss")
+            return self.manifest(step)
         except CheckpointError:
-            return None
+            return {}
 
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
         """Make a step valid once its arrays are written, and remove the steps that are no longer kept."""
@@ -286,6 +329,11 @@ class Checkpoints:
         target = next(path for path in (self.directory / name for name in names) if not path.exists())
         folder.rename(target)
         _warn(f"checkpoint {step} is damaged ({folder}, {damage}): set aside as {target.name}")
+
+
+def _split(facts: dict[str, Any]) -> tuple:
+    """What decides the validation split of a checkpoint."""
+    return facts.get("corpus_sha256"), facts.get("config", {}).get("data.train_fraction")
 
 
 def _warn(message: str) -> None:

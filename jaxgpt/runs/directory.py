@@ -1,129 +1,33 @@
-"""A run directory: open it to train in it, or load it to use the trained model."""
+"""A run directory that is trained in: opened once, it says where to continue, and saves and publishes."""
 
-import atexit
 import dataclasses
-import hashlib
 import importlib.metadata
 import os
-import pathlib
-import shutil
-import tempfile
 import warnings
 from functools import cached_property
 from typing import Any
 
 import jax
 from etils import epath
-from flax import nnx
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import Config
+from jaxgpt.config import CONFIG, TOKENIZER, Config
 from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.files import storage
-from jaxgpt.init import abstract
-from jaxgpt.model import GPT
 from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
-from jaxgpt.step import TrainState, params_of
+from jaxgpt.runs.loading import CHECKPOINTS, check_files, files_of, read_files, sha256
+from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
-CONFIG, TOKENIZER, CHECKPOINTS = "config.yaml", "tokenizer.json", "checkpoints"
+RANDOM = "jax_default_prng_impl", "jax_enable_x64", "jax_threefry_partitionable"
 
 
 class OtherRunError(JaxgptError, ValueError):
     """The run directory belongs to another run."""
 
     exit_code = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A loaded run; `model` has the float32 parameters of `step`."""
-
-    dir: pathlib.Path
-    """Local folder of its small files."""
-    config: Config
-    tokenizer: Tokenizer
-    model: GPT
-    step: int
-    corpus_sha256: str | None
-    """Hash of the text that it was trained on; None if its weights were imported and not trained here."""
-
-
-def files_of(run_dir: str | pathlib.Path) -> pathlib.Path:
-    """Return a local folder with the small files of a run (all but checkpoints/); for an object store, it is a copy."""
-    if "://" not in str(run_dir):
-        return pathlib.Path(run_dir)
-    folder, remote = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt-run-")), epath.Path(run_dir)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    for path in remote.iterdir() if remote.exists() else ():
-        if path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def load(run_dir: str | pathlib.Path, step: int | None = None) -> Run:
-    """Load a run from its directory.
-
-    Args:
-        run_dir: the run directory.
-        step: step of the checkpoint; by default the one with the lowest validation loss.
-
-    Raises:
-        CheckpointError: this is not a run directory, or the checkpoint is missing or damaged.
-    """
-    folder = files_of(run_dir)
-    config, tokenizer = read_files(folder, str(run_dir))
-    with Checkpoints(f"{run_dir}/{CHECKPOINTS}") as checkpoints:
-        if step is None:
-            step = checkpoints.best_undamaged()
-        if step is None:
-            raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
-        facts = checkpoints.manifest(step)
-        _check_files(folder, config, facts)
-        model = abstract(config.model)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), params_of(model))
-        params = checkpoints.restore(step, {"params": shapes})["params"]
-    return Run(folder, config, tokenizer, nnx.merge(nnx.graphdef(model), params), step, facts["corpus_sha256"])
-
-
-def read_files(folder: pathlib.Path, named: str) -> tuple[Config, Tokenizer]:
-    """Read the configuration and the tokenizer of a run.
-
-    Args:
-        folder: local folder of its small files.
-        named: the name of the run directory in error messages.
-
-    Raises:
-        CheckpointError: this is not a run directory, or a file is damaged.
-    """
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"not a run directory ({named}, no {CONFIG}): name one that `jaxgpt train` made")
-    try:
-        config = configs.load_config(["--config", str(folder / CONFIG)])
-        return config, tokenizers.load(folder / TOKENIZER)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"damaged run directory ({named}, {error}): restore the file, or train again") from None
-
-
-def _check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
-    """Refuse small files that changed since the checkpoint: another alphabet would go unnoticed and give wrong text."""
-    now = configs.flat(config)
-    wrong = configs.differences(facts.get("config", now), now)
-    found = _sha256(folder / TOKENIZER)
-    if found != facts.get("tokenizer_sha256", found):
-        wrong.append(f"{TOKENIZER} (sha256 was {facts['tokenizer_sha256']}, now {found})")
-    if wrong:
-        raise CheckpointError(
-            f"the run directory was changed since checkpoint {facts['step']} ({folder}; {', '.join(wrong)}): "
-            "restore the file, or train again"
-        )
-
-
-def _sha256(path: pathlib.Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class RunDirectory:
@@ -134,6 +38,7 @@ class RunDirectory:
         checkpoints: its checkpoints.
         step: the step to continue from; None for a new run.
         manifest: the manifest of that step; empty for a new run.
+        changed: with `run.resume changed`, the old and the new value of each setting that differs from that step's.
         folder: local folder of its small files.
     """
 
@@ -147,6 +52,7 @@ class RunDirectory:
 
         Raises:
             OtherRunError: the directory belongs to a run of another configuration or text, or `run.resume` is never.
+                With `run.resume changed`, only of another model or tokenizer.
             CheckpointError: `run.resume` is must and there is no checkpoint, or no checkpoint is usable.
         """
         self.config, self._tokenizer, self._corpus_sha256 = config, tokenizer, corpus_sha256
@@ -155,6 +61,11 @@ class RunDirectory:
         self._begun = False
         self.step = processes.from_first(self._step_to_continue_from)
         self.manifest = {} if self.step is None else self.checkpoints.manifest(self.step)
+        self.changed = {}
+        if config.run.resume == "changed" and "config" in self.manifest:
+            self.changed = configs.changes(self.manifest["config"], configs.flat(config))
+        if self.manifest.get("corpus_sha256") != corpus_sha256:
+            self.manifest.pop("patience", None)  # losses of different texts cannot be compared
 
     def begin(self, shapes: Any) -> None:
         """Check that there is room for the checkpoints, and write the configuration and, in a new run, the tokenizer.
@@ -173,7 +84,8 @@ class RunDirectory:
             if self.step is None or not (self.folder / TOKENIZER).exists():
                 self._tokenizer.save(self.folder / (TOKENIZER + ".tmp"))
                 storage.replace(self.folder / (TOKENIZER + ".tmp"), self.folder / TOKENIZER)
-            storage.write(self.folder / CONFIG, configs.dump(self.config))
+            run = dataclasses.replace(self.config.run, resume="auto")  # the flag is about this start, not about the run
+            storage.write(self.folder / CONFIG, configs.dump(dataclasses.replace(self.config, run=run)))
             self._publish()
         self._begun = True
 
@@ -226,7 +138,7 @@ class RunDirectory:
         """The entries of a manifest that identify the run."""
         identity = {
             "corpus_sha256": self._corpus_sha256,
-            "tokenizer_sha256": _sha256(self.folder / TOKENIZER),
+            "tokenizer_sha256": sha256(self.folder / TOKENIZER),
             "circumstances": circumstances(),
         }
         if self._corpus_sha256 is not None:  # imported weights may be trained with any configuration
@@ -235,32 +147,51 @@ class RunDirectory:
 
     def _step_to_continue_from(self) -> int | None:
         """Check that the directory belongs to this run, and find the step to continue from; None for a new run."""
-        config, now = self.config, configs.flat(self.config)
+        config, resume = self.config, self.config.run.resume
         began = (self.folder / CONFIG).is_file()
-        if began and config.run.resume == "never":
+        if began and resume == "never":
             raise OtherRunError(f"there is a run already ({config.run.dir}): name another --run.dir")
         only_step_0 = began and self.checkpoints.steps() == [0]
         imported = only_step_0 and self.checkpoints.manifest(0)["corpus_sha256"] is None
         if began:
-            before, its_tokenizer = read_files(self.folder, config.run.dir)
-            different = configs.differences(configs.flat(before), now)
-            if imported:  # not trained here yet, so only the model and the tokenizer are fixed
-                different = [field for field in different if field.startswith("model.")]
-                different += [] if tokenizers.same(its_tokenizer, self._tokenizer) else ["the tokenizer"]
-            _refuse(config, different)
+            before, tokenizer = read_files(self.folder, config.run.dir)
+            self._refuse_others(configs.flat(before), tokenizer, None, free=imported or resume == "changed")
         found = self.checkpoints.newest(config.run.checkpoint_interval)
-        if found is None and config.run.resume == "must":
+        if found is None and resume == "must":
             raise CheckpointError(f"nothing to resume ({config.run.dir}): drop --run.resume must or change --run.dir")
         if found is None:
             return None
         facts = self.checkpoints.manifest(found)
-        text, sha256 = "the text itself, sha256", self._corpus_sha256
-        before = facts.get("config", now) | {text: sha256 if imported else facts["corpus_sha256"]}
-        _refuse(config, configs.differences(before, {**now, text: sha256}))
+        if "config" in facts and resume != "changed":
+            self._refuse_others(facts["config"], self._tokenizer, facts["corpus_sha256"], free=False)
         if began:
-            _check_files(self.folder, config, facts)
+            check_files(self.folder, config, facts)
         _warn_of_other_circumstances(facts.get("circumstances", {}))
         return found
+
+    def _refuse_others(self, before: dict[str, Any], tokenizer: Tokenizer, text: str | None, free: bool) -> None:
+        """Refuse the run that has these settings, this tokenizer and this text, if it is another one.
+
+        Args:
+            before: its settings.
+            tokenizer: its tokenizer.
+            text: the hash of its text; None if it is not known.
+            free: whether all may have changed that does not decide what its weights mean.
+        """
+        now, ours, run_dir = configs.flat(self.config), self._corpus_sha256, self.config.run.dir
+        fixed = configs.model_differences(before, now)
+        if not tokenizers.same(tokenizer, self._tokenizer):
+            fixed.append(f"the tokenizer (its own: --data.tokenizer {run_dir}/{TOKENIZER})")
+        different = fixed
+        if not free:
+            different = configs.differences(before, now) + [each for each in fixed if each.startswith("the tokenizer")]
+            different += [] if text in (None, ours) else [f"the text itself, sha256 (was {text}, now {ours})"]
+        if different:
+            changed = "" if fixed else ", or continue it with these settings: --run.resume changed"
+            raise OtherRunError(
+                f"the run directory belongs to another run ({run_dir}; {', '.join(different)}): "
+                f"name another --run.dir, or use the settings of that run{changed}"
+            )
 
 
 def open_run(config: Config, tokenizer: Tokenizer, corpus_sha256: str | None) -> RunDirectory:
@@ -268,29 +199,27 @@ def open_run(config: Config, tokenizer: Tokenizer, corpus_sha256: str | None) ->
     return RunDirectory(config, tokenizer, corpus_sha256)
 
 
-def _refuse(config: Config, different: list[str]) -> None:
-    if different:
-        raise OtherRunError(
-            f"the run directory belongs to another run ({config.run.dir}; {', '.join(different)}): "
-            "name another --run.dir, or use the configuration of that run"
-        )
-
-
 def circumstances() -> dict[str, Any]:
-    """Return the device kinds, the number of threads and the library versions: they affect the last bits of a run."""
+    """Return what affects the numbers of a run beside its settings.
+
+    The device kinds, the number of threads and the library versions affect its last bits, and jax's own settings the
+    random numbers.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = int(os.environ.get("NPROC", cores))  # counted as XLA counts them
     names = "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"
     kinds = sorted({device.device_kind for device in jax.devices()})
     versions = {name: importlib.metadata.version(name) for name in names}
-    return {"device": ", ".join(kinds), "threads": threads, "versions": versions}
+    random = {name: str(getattr(jax.config, name)) for name in RANDOM}
+    return {"device": ", ".join(kinds), "threads": threads, **random, "versions": versions}
 
 
 def _warn_of_other_circumstances(before: dict[str, Any]) -> None:
     old, new = _flat(before), _flat(circumstances())
     changed = [f"{name} was {old[name]}, now {new[name]}" for name in new if old.get(name, new[name]) != new[name]]
     if changed:
-        message = f"the last bits may differ from those of a run that was never interrupted ({'; '.join(changed)}): "
+        differ = "random numbers" if any(name in line for name in RANDOM for line in changed) else "last bits may"
+        message = f"the {differ} differ from those of a run that was never interrupted ({'; '.join(changed)}): "
         message += "continue under the original circumstances if that matters"
         warnings.warn(message, CheckpointWarning, stacklevel=2)
 

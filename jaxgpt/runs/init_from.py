@@ -9,16 +9,14 @@ import jax
 import optax
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import Config, ConfigError
+from jaxgpt.config import FREE, TOKENIZER, Config, ConfigError
 from jaxgpt.errors import CheckpointError
 from jaxgpt.init import state_of
 from jaxgpt.model import GPTConfig
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.directory import CHECKPOINTS, TOKENIZER, files_of, read_files
+from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files
 from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
-
-FREE = {"dropout", "embedding_dropout", "init", "attention", "remat", "block_size"}  # need not match the weights
 
 
 def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
@@ -38,7 +36,7 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
     start = config.run.init_from
     if not start:
         return None
-    their_config, their_tokenizer = read_files(files_of(start), f"--run.init_from, {start}")
+    their_config, their_tokenizer = read_files(files_of(start), start, "--run.init_from")
     ours, theirs = (dataclasses.asdict(model) for model in (config.model, their_config.model))
     if not tokenizers.same(tokenizer, their_tokenizer):
         raise ConfigError(
@@ -46,7 +44,7 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
             f"ids, here {tokenizer.vocab_size}): leave out --data.tokenizer, and prepare folders with --tokenizer "
             f"{start}/{TOKENIZER}"
         )
-    different = [name for name in ours if name not in FREE and ours[name] != theirs[name]]
+    different = [name for name in ours if name not in FREE | {"block_size"} and ours[name] != theirs[name]]
     if ours["block_size"] > theirs["block_size"]:
         different.append("block_size")
     if different:
@@ -79,9 +77,8 @@ def initial_state(
 
     wanted = jax.tree_util.tree_map_with_path(their_shape, shapes.params)
     with Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}") as checkpoints:
-        step = checkpoints.best_undamaged()
-        if step is None:
-            raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
-        params = checkpoints.restore(step, {"params": wanted})["params"]
-    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], params, shapes.params)
+        restored = checkpoints.read_best(lambda step: checkpoints.restore(step, {"params": wanted}))
+    if restored is None:
+        raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
+    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], restored["params"], shapes.params)
     return state_of(params, tx)

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxgpt.files import storage
 MANIFEST = "manifest.json"
 FORMAT = 1
 BLOCK_BYTES = 1 << 20
+STRAY = re.compile(r"\..*|~.*|.*~|(eh)?thumbs.*\.db|desktop\.ini|icon\r", re.IGNORECASE)
 
 
 class DamagedError(ValueError):
@@ -89,8 +91,8 @@ def verify(folder: epath.Path) -> None:
         for key in ("size", "sha256"):
             if found[key] != wanted.get(key):
                 raise DamagedError(f"{name} has {key} {found[key]}, but was saved with {wanted.get(key)}")
-    # hidden files come from file managers and network file systems, and orbax does not read them
-    extra = [name for name in present - {MANIFEST, *files} if not name.rpartition("/")[2].startswith(".")]
+    # file managers and network file systems leave files behind, which orbax does not read
+    extra = [name for name in present - {MANIFEST, *files} if not STRAY.fullmatch(name.rpartition("/")[2])]
     if extra:
         raise DamagedError(f"not part of this checkpoint: {', '.join(sorted(extra))}")
 

@@ -1,19 +1,20 @@
 """Metric sinks: metrics.jsonl for programs, and the console for people.
 
-A sink is called with each record: a dict whose `kind` is start, compile, train, eval, early_stop or final.
+A sink is called with each record: a dict whose `kind` is start, compile, train, eval, early_stop or final. Only
+metrics.jsonl must be written; whatever else fails is left out with a warning, and the run goes on.
 """
 
 import json
 import math
 import pathlib
-import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn
 
-from jaxgpt.errors import printable
+from jaxgpt.errors import JaxgptWarning, printable
+from jaxgpt.files.screen import Screen
 
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
@@ -36,16 +37,49 @@ def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int)
     return 6 * parameters + 12 * n_layer * n_embd * block_size
 
 
+class MetricsWarning(JaxgptWarning):
+    """Something that only shows or draws the progress of a run has failed."""
+
+
+def optional(what: str, call: Callable[..., Any]) -> Callable[..., None]:
+    """Make a function whose failure does not end a run: it is reported once, and later calls do nothing.
+
+    Args:
+        what: what is lost, for the warning.
+        call: the function.
+
+    Returns:
+        A function of the same arguments.
+    """
+    failed = False
+
+    def careful(*args: Any) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            call(*args)
+        except Exception as error:
+            failed = True
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"no {what} ({why}): the run goes on without it", MetricsWarning, stacklevel=2)
+
+    return careful
+
+
 class JsonLines:
-    """Append each record to a file as one line of JSON, and flush it."""
+    """Append each record to a file as one line of JSON, and flush it. A last line that a kill cut off is dropped."""
 
     def __init__(self, path: str | pathlib.Path):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
+        self._file.seek(0)
+        last = self._file.read().rpartition(b"\n")[2]
+        self._file.truncate(self._file.tell() - len(last))
 
     def __call__(self, record: Record) -> None:
         # JSON has no NaN, so a number that is not finite becomes null
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(json.dumps(finite).encode() + b"\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -59,7 +93,7 @@ class Console:
     def __init__(self, steps: int):
         self._steps = steps
         self._tokens_per_step = 0
-        self._console = RichConsole(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
+        self._console = Screen()
         count, say = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), TextColumn("{task.fields[say]}")
         bar = Progress(count, BarColumn(), say, console=self._console, transient=True)
         self._bar = bar if self._console.is_terminal else None
@@ -93,6 +127,7 @@ class Console:
             f"step     {rows} windows x {block_size} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
             + (f", from the weights of {r['init_from']}" if r["init_from"] and not r["step"] else "")
+            + "".join(f"\nchanged  {name} {old} -> {new}" for name, (old, new) in r["changed"].items())
             + "\ncompile  ... (seconds to a minute the first time)"
         )  # fmt: skip
 

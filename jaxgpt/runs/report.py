@@ -2,10 +2,11 @@
 
 import json
 import pathlib
+import warnings
 
 
 def read_metrics(run_dir: str | pathlib.Path) -> list[dict]:
-    """Read the records of metrics.jsonl; a last line that was cut off by a kill is skipped."""
+    """Read the records of metrics.jsonl; a line that was cut off by a kill is skipped."""
     records = []
     for line in (pathlib.Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -35,12 +36,11 @@ def draw_loss(run_dir: str | pathlib.Path, title: str | None = None) -> pathlib.
     for name, color in (("train", "tab:blue"), ("val", "tab:orange")):
         losses = {step: r[f"{name}_loss"] for step, r in evals.items()}
         axes.plot(*_sorted(losses), color=color, marker="o", markersize=3, label={"val": "validation"}.get(name, name))
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title or pathlib.Path(run_dir).resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.set_title(title or pathlib.Path(run_dir).resolve().name, parse_math=False)  # a name may hold $ signs
     axes.grid(alpha=0.3)
     axes.legend()
-    path = pathlib.Path(run_dir) / "loss.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, pathlib.Path(run_dir) / "loss.png")
 
 
 def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, float]) -> pathlib.Path:
@@ -70,15 +70,19 @@ def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, fl
     axes.set(xlabel="step", ylabel="validation loss (nats per character)", title="The lecture, rung by rung")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", ncols=2)
-    path = pathlib.Path(folder) / "ladder.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return _save(figure, pathlib.Path(folder) / "ladder.png")
 
 
 def _figure(width: float, height: float):
     from matplotlib.figure import Figure  # imported late, so that the first step does not wait 0.3 s for it
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure, path: pathlib.Path) -> pathlib.Path:
+    with warnings.catch_warnings(action="ignore"):  # the font has no sign for some characters of a name
+        figure.savefig(path, dpi=120)
+    return path
 
 
 def _sorted(values: dict) -> tuple[list, list]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -12,24 +13,27 @@ import optax
 from flax import nnx
 
 from jaxgpt import loop as loops
+from jaxgpt.checks import Path
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.data import DataError, inputs_and_targets
 from jaxgpt.devices import sharding
 from jaxgpt.devices.remat import call_block
 from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT
+from jaxgpt.runs import init_from, report
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.directory import CHECKPOINTS, files_of, read_files
+from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files
 from jaxgpt.step import DROPOUT, TRAIN, StepSpec, TrainState, build, loss_and_gradient, train_steps
 from jaxgpt.text.source import Source, open_source
-from jaxgpt.training import mesh_config, resolve, specify
+from jaxgpt.training import mesh_config, new_state, resolve, specify
 
 
 @dataclasses.dataclass(frozen=True)
 class ReplayArgs:
-    """Repeat one step of a run from the checkpoint before it, and name the first tensor that is not finite."""
+    """Repeat one step of a run, from the checkpoint before it or from the beginning, and name the first tensor that is
+    not finite."""
 
-    run: str
+    run: Path
     """Run directory."""
     step: int
     """Step to repeat, as the error or metrics.jsonl names it; the first step is 1."""
@@ -40,7 +44,7 @@ class Finding(NamedTuple):
 
     step: int
     checkpoint: int
-    """Step of the checkpoint that the replay started from; 0 is the checkpoint of the initial weights."""
+    """Step of the checkpoint that the replay started from; 0 is the beginning of the run."""
     loss: float
     """Loss of the step, in nats per token; NaN if a tensor is not finite."""
     first: str | None
@@ -54,10 +58,11 @@ def replay(args: ReplayArgs) -> Finding:
 
     Raises:
         ConfigError: the run has no such step.
-        CheckpointError: this is not a run directory, or no checkpoint before the step is left.
+        CheckpointError: this is not a run directory, or its settings changed and no checkpoint since then is left.
         DataError: the text is not the one that the run was trained on.
     """
-    config, _ = read_files(files_of(args.run), args.run)
+    folder = files_of(args.run)
+    config, _ = read_files(folder, args.run)
     if not 1 <= args.step <= config.train.steps:
         raise ConfigError(f"no such step (--step, {args.step}): use 1 to {config.train.steps}")
     mesh = sharding.make_mesh(mesh_config(config))
@@ -66,9 +71,19 @@ def replay(args: ReplayArgs) -> Finding:
         config = resolve(config, source.tokenizer.vocab_size)
         spec, shapes = specify(config, mesh)
         source.split(mesh, config.model.block_size)
+        since = _first_with_these_settings(folder, source)
         with Checkpoints(f"{args.run}/{CHECKPOINTS}") as checkpoints:
-            start = _checkpoint_before(args, checkpoints, source)
-            state = TrainState(**checkpoints.restore(start, vars(shapes)))
+            undamaged = (n for n in checkpoints.steps() if n < args.step and not checkpoints.find_damage(n))
+            start = max((n for n in undamaged if n >= since), default=0)
+            if start in checkpoints.steps():
+                state = TrainState(**checkpoints.restore(start, vars(shapes)))
+            elif not since:  # what training began with depends on the configuration alone
+                state = new_state(config, init_from.check(config, source.tokenizer), spec, shapes)
+            else:
+                raise CheckpointError(
+                    f"no checkpoint from step {since}, where the settings changed, to step {args.step} ({args.run}): "
+                    "start the run again to get one"
+                )
         key, rows = jax.random.key(config.seed), config.optim.grad_accumulation * config.data.batch_size
         for windows in source.feed(_calls_up_to(config, start, args.step - 1), config.seed, rows):
             state, _ = train_steps(state, windows, key, spec=spec)
@@ -77,19 +92,16 @@ def replay(args: ReplayArgs) -> Finding:
         return Finding(args.step, start, loss, first, values)
 
 
-def _checkpoint_before(args: ReplayArgs, checkpoints: Checkpoints, source: Source) -> int:
-    """The last undamaged checkpoint before the step."""
-    undamaged = (n for n in checkpoints.steps() if n < args.step and not checkpoints.find_damage(n))
-    found = max(undamaged, default=None)
-    if found is None:
-        raise CheckpointError(f"no checkpoint before step {args.step} ({args.run}): start the run again to get one")
-    sha256 = checkpoints.manifest(found)["corpus_sha256"]
-    if sha256 not in (None, source.sha256):
+def _first_with_these_settings(folder: pathlib.Path, source: Source) -> int:
+    """The step from which the run has had its present settings and text; refuses another text."""
+    records = report.read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    starts = [record for record in records if record["kind"] == "start"]
+    if starts and starts[-1]["corpus_sha256"] != source.sha256:
         raise DataError(
-            f"not the text that the run was trained on ({source.name}, sha256 {source.sha256}, was {sha256}): "
-            "restore the file"
+            f"not the text that the run was trained on ({source.name}, sha256 {source.sha256}, was "
+            f"{starts[-1]['corpus_sha256']}): restore the file"
         )
-    return found
+    return max((record["step"] for record in starts if record.get("changed")), default=0)
 
 
 def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, int]]:

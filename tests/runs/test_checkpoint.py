@@ -1,4 +1,8 @@
+import itertools
 import json
+import shutil
+import threading
+import warnings
 
 import chex
 import jax
@@ -172,13 +176,13 @@ def test_a_reader_uses_the_best_undamaged_step_and_changes_nothing(tmp_path):
     saved(tmp_path, [2.0, 1.0, 3.0], keep=3)
     damage(tmp_path / "2")
     with pytest.warns(CheckpointWarning, match="checkpoint 2 is damaged"):
-        assert Checkpoints(tmp_path).best_undamaged() == 1
+        assert Checkpoints(tmp_path).read_best(lambda step: step) == 1
     (tmp_path / "1" / "manifest.json").write_text("{")
     with pytest.warns(CheckpointWarning, match="checkpoint 2 is damaged"):
-        assert Checkpoints(tmp_path).best_undamaged() == 3
+        assert Checkpoints(tmp_path).read_best(lambda step: step) == 3
     damage(tmp_path / "3")
     with pytest.warns(CheckpointWarning), pytest.raises(CheckpointError, match="no usable checkpoint is left"):
-        Checkpoints(tmp_path).best_undamaged()
+        Checkpoints(tmp_path).read_best(lambda step: step)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "3"]
     with pytest.raises(CheckpointError, match="checkpoint 3 is damaged"):
         Checkpoints(tmp_path).restore(3, state(0))
@@ -233,3 +237,81 @@ def test_a_save_that_fails_is_an_error_that_names_path_and_space_and_leaves_the_
 def test_counts_start_at_one(field):
     with pytest.raises(ValueError, match=f"{field} is 0"):
         RunConfig(**{field: 0})
+
+
+def test_a_reader_takes_the_next_best_step_when_training_removes_the_one_it_reads(tmp_path, recwarn):
+    """At each of the three moments at which a step can vanish, and for the manifest alone as for the whole folder."""
+    for moment, vanish in itertools.product(("damage", "manifest", "restore"), (shutil.rmtree, remove_manifest)):
+        folder = tmp_path / f"{moment}-{vanish.__name__}"
+        folder.mkdir()
+        saved(folder, [1.0, 2.0, 3.0], keep=3)
+        checkpoints, gone = Checkpoints(folder), []
+
+        def at(when, step, moment=moment, vanish=vanish, folder=folder, gone=gone):
+            if when == moment and step == 1 and not gone:
+                vanish(folder / "1")
+                gone.append(step)
+
+        find_damage = checkpoints.find_damage
+        checkpoints.find_damage = lambda step, at=at, find=find_damage: (at("damage", step), find(step))[1]
+
+        def read(step, at=at, checkpoints=checkpoints):
+            at("manifest", step)
+            checkpoints.manifest(step)
+            at("restore", step)
+            return step, checkpoints.restore(step, state(0))
+
+        with checkpoints:
+            step, found = checkpoints.read_best(read)
+        assert gone == [1] and step == 2, moment
+        chex.assert_trees_all_equal(found, state(2))
+    assert not recwarn.list
+
+
+def remove_manifest(folder):
+    (folder / "manifest.json").unlink()
+    shutil.rmtree(folder / "state")
+
+
+def test_a_run_that_only_writes_is_read_at_any_moment(tmp_path):
+    """A reader in a loop beside a writer that keeps two steps: no error, no warning, always a whole state."""
+    saved(tmp_path, [1.0])
+    stop, failed = threading.Event(), []
+
+    def reader():
+        with warnings.catch_warnings(action="error"):
+            while not stop.is_set():
+                try:
+                    with Checkpoints(tmp_path) as checkpoints:
+                        step, found = checkpoints.read_best(lambda step: (step, checkpoints.restore(step, state(0))))
+                    chex.assert_trees_all_equal(found, state(step))
+                except Exception as error:
+                    failed.append(error)
+                    return
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in range(2, 12):
+            checkpoints.save(step, state(step), {"val_loss": 1.0 / step})
+    stop.set()
+    thread.join()
+    assert not failed
+
+
+def test_losses_of_another_text_do_not_make_a_step_the_best(tmp_path):
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        for step, (text, loss) in enumerate([("a", 1.0), ("a", 0.5), ("b", 3.0), ("b", 2.0), ("b", 4.0)], 1):
+            checkpoints.save(step, state(step), {"val_loss": loss, "corpus_sha256": text})
+        checkpoints.wait()
+        assert checkpoints.best() == 4
+
+
+@pytest.mark.parametrize(
+    "name", [".DS_Store", "Thumbs.db", "desktop.ini", "._x", ".nfs0001", "a~", "ehthumbs_vista.db"]
+)
+def test_what_file_managers_leave_behind_is_no_damage(tmp_path, name):
+    saved(tmp_path, [1.0])
+    (tmp_path / "1" / "state" / name).write_text("x")
+    (tmp_path / "1" / name).write_text("x")
+    assert Checkpoints(tmp_path).find_damage(1) is None

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -72,13 +73,34 @@ def test_a_run_that_stopped_says_how_to_find_the_cause_and_that_finds_it(tiny_co
     [
         (0, ConfigError, r"no such step \(--step, 0\): use 1 to 40"),
         (41, ConfigError, r"no such step \(--step, 41\): use 1 to 40"),
-        (10, CheckpointError, "no checkpoint before step 10"),  # 30 and 40 are kept
-        (30, CheckpointError, "no checkpoint before step 30"),  # its own is of after it
     ],
 )
 def test_steps_that_cannot_be_repeated_are_refused(trained, step, error, says):
     with pytest.raises(error, match=says):
         replay.replay(ReplayArgs(str(trained[0]), step))
+
+
+@pytest.mark.full
+def test_a_step_before_the_first_checkpoint_is_repeated_from_the_beginning(trained, trained_copy):
+    losses = recorded(trained[0])  # checkpoints 30 and 40 are left
+    assert losses[5] != losses[10]
+    for step in (5, 10, 30):  # checkpoint 30 is of after step 30
+        found = replay.replay(ReplayArgs(str(trained[0]), step))
+        assert (found.checkpoint, found.first) == (0, None)
+        assert found.loss == pytest.approx(losses[step], rel=1e-6)
+    (trained_copy / "metrics.jsonl").unlink()
+    shutil.rmtree(trained_copy / "checkpoints")
+    assert replay.replay(ReplayArgs(str(trained_copy), 5)).loss == pytest.approx(losses[5], rel=1e-6)
+
+
+@pytest.mark.full
+def test_a_step_from_before_the_settings_changed_is_not_repeated_with_the_new_ones(trained, trained_copy):
+    flags = ["--run.dir", str(trained_copy), "--optim.learning_rate", "5e-4", "--run.resume", "changed"]
+    jaxgpt.train(jaxgpt.load_config([*trained[1], *flags, "--train.steps", "45"]))
+    found = replay.replay(ReplayArgs(str(trained_copy), 45))
+    assert found.checkpoint == 40 and found.loss == pytest.approx(recorded(trained_copy)[45], rel=1e-6)
+    with pytest.raises(CheckpointError, match="no checkpoint from step 40, where the settings changed, to step 35"):
+        replay.replay(ReplayArgs(str(trained_copy), 35))
 
 
 def test_a_folder_that_is_no_run_cannot_be_replayed(tmp_path):

@@ -1,0 +1,163 @@
+"""A run after training: its configuration, its tokenizer and its model, loaded from the run directory."""
+
+import atexit
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+
+from jaxgpt import config as configs
+from jaxgpt import tokenizer as tokenizers
+from jaxgpt.config import CONFIG, TOKENIZER, Config
+from jaxgpt.errors import ArgumentError, CheckpointError, shortened
+from jaxgpt.files import storage
+from jaxgpt.init import abstract
+from jaxgpt.model import GPT, GPTConfig
+from jaxgpt.runs.checkpoint import Checkpoints
+from jaxgpt.step import params_of
+from jaxgpt.tokenizer import Tokenizer
+
+CHECKPOINTS = "checkpoints"
+Step = int | Literal["last"] | None
+"""Which checkpoint to load: the one of a step, the last one, or the one with the lowest validation loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A loaded run; `model` has the float32 parameters of `step`."""
+
+    dir: pathlib.Path
+    """Local folder of its small files."""
+    config: Config
+    tokenizer: Tokenizer
+    model: GPT
+    step: int
+    corpus_sha256: str | None
+    """Hash of the text that it was trained on; None if its weights were imported and not trained here."""
+
+    def __reduce__(self):
+        """Pickle the arrays in place of the model, whose activation functions cannot be pickled."""
+        params = jax.device_get(params_of(self.model))
+        return _unpickled, (self.dir, self.config, self.tokenizer, params, self.step, self.corpus_sha256)
+
+
+def _unpickled(folder, config, tokenizer, params, step, corpus_sha256) -> Run:
+    params = jax.tree.map(jnp.asarray, params)
+    return Run(folder, config, tokenizer, model_of(config.model, params), step, corpus_sha256)
+
+
+def model_of(config: GPTConfig, params: dict[str, Any]) -> GPT:
+    """Return the model with these parameters, a nested dict of arrays."""
+    return nnx.merge(nnx.graphdef(abstract(config)), params)
+
+
+def files_of(run_dir: str | os.PathLike) -> pathlib.Path:
+    """Return a local folder with the small files of a run (all but checkpoints/); for an object store, it is a copy."""
+    storage.check_store(run_dir)
+    if not storage.is_remote(run_dir):
+        return pathlib.Path(run_dir)
+    folder, remote = pathlib.Path(tempfile.mkdtemp(prefix="jaxgpt-run-")), epath.Path(run_dir)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path in remote.iterdir() if remote.exists() else ():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def load(run_dir: str | os.PathLike, step: Step = None) -> Run:
+    """Load a run from its directory. The run may be training at the same time.
+
+    Args:
+        run_dir: the run directory.
+        step: step of the checkpoint, or `last`; by default the one with the lowest validation loss.
+
+    Raises:
+        ArgumentError: an argument has another type.
+        CheckpointError: this is not a run directory, or the checkpoint is missing or damaged.
+    """
+    if not isinstance(run_dir, str | os.PathLike) or not (step == "last" or isinstance(step, int | None)):
+        given = shortened(f"{run_dir!r}, step {step!r}")
+        remedy = "pass a path, and a whole number, 'last' or None"
+        raise ArgumentError(f"not a run directory and a step ({given}): {remedy}")
+    run_dir = os.path.expanduser(run_dir)
+    folder = files_of(run_dir)
+    config, tokenizer = read_files(folder, run_dir)
+    params = params_of(abstract(config.model))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), params)
+
+    def read(step: int) -> Run:
+        facts = checkpoints.manifest(step)
+        check_files(folder, config, facts)
+        params = checkpoints.restore(step, {"params": shapes})["params"]
+        return Run(folder, config, tokenizer, model_of(config.model, params), step, facts["corpus_sha256"])
+
+    with Checkpoints(f"{run_dir}/{CHECKPOINTS}") as checkpoints:
+        run = read(step) if isinstance(step, int) else checkpoints.read_best(read, last=step == "last")
+    if run is None:
+        raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
+    return run
+
+
+def read_files(folder: pathlib.Path, run_dir: str, flag: str = "") -> tuple[Config, Tokenizer]:
+    """Read the configuration and the tokenizer of a run.
+
+    Args:
+        folder: local folder of its small files.
+        run_dir: the run directory.
+        flag: the flag that names it, for error messages.
+
+    Raises:
+        CheckpointError: this is not a run directory, or a file is damaged or cannot be read.
+    """
+    named = f"{flag}, {run_dir}" if flag else run_dir
+    try:
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"not a run directory ({named}, no {CONFIG}): name one that `jaxgpt train` made")
+        for name in (CONFIG, TOKENIZER):
+            (folder / name).open("rb").close()
+        config = configs.load_config(["--config", str(folder / CONFIG), f"--run.dir={run_dir}"])
+        return config, tokenizers.load(folder / TOKENIZER)
+    except OSError as error:
+        file = pathlib.Path(error.filename or folder).name
+        raise CheckpointError(f"cannot read the run directory ({named}, {file}, {error.strerror}): fix that") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"damaged run directory ({named}, {error}): restore the file, or train again") from None
+
+
+def check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> None:
+    """Refuse small files that do not fit a checkpoint: another alphabet would go unnoticed and give wrong text.
+
+    Args:
+        folder: local folder of the small files.
+        config: from its config.yaml.
+        facts: the manifest of the checkpoint.
+
+    Raises:
+        CheckpointError: the model's settings or the tokenizer are not those of the checkpoint.
+    """
+    now = configs.flat(config)
+    wrong = configs.model_differences(facts.get("config", now), now)
+    found = sha256(folder / TOKENIZER)
+    if found != facts.get("tokenizer_sha256", found):
+        wrong.append(f"{TOKENIZER} (sha256 was {facts['tokenizer_sha256']}, now {found})")
+    if wrong:
+        raise CheckpointError(
+            f"the run directory was changed since checkpoint {facts['step']} ({folder}; {', '.join(wrong)}): "
+            "restore the file, or train again"
+        )
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Return the hex digest of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
