@@ -3,9 +3,11 @@
 Each command imports what it needs, so that a command starts as quickly as it can.
 """
 
+import contextlib
 import difflib
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -188,14 +190,22 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
+RESULTS = {"sample", "eval", "plan", "replay", "doctor"}  # what these print is their work, and must not get lost
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
+    from jaxgpt.files.screen import Lenient
+
     try:
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--help"]
@@ -203,14 +213,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         _quieten_libraries(debug)
         if not _asks_for_help(argv):
             keep_compiled()
-        COMMANDS[argv[0]](argv[1:])
+        if argv[0] in RESULTS:
+            COMMANDS[argv[0]](argv[1:])
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a disk that is full is an error
+        else:
+            with contextlib.redirect_stdout(Lenient(sys.stdout)):
+                COMMANDS[argv[0]](argv[1:])
     except BaseException as error:
-        return _fail(error, debug)
+        with contextlib.redirect_stderr(Lenient(sys.stderr)):
+            return _fail(error, debug)
     return 0
 
 
 def _fail(error: BaseException, debug: bool) -> int:
     """Say why a command failed; returns its exit code."""
+    from jaxgpt.files.screen import flush_or_drop
+
     if debug:
         traceback.print_exc()
     code, message = describe(error)
@@ -218,6 +237,7 @@ def _fail(error: BaseException, debug: bool) -> int:
         print(message if code in (75, 130) else f"jaxgpt: error: {message}", file=sys.stderr)
     if code == 1 and not debug:
         print("This is a bug in jaxgpt: repeat the command with --debug and report what it prints.", file=sys.stderr)
+    flush_or_drop(sys.stdout)
     if "jax" in sys.modules:
         from jaxgpt.devices import processes
 
@@ -236,6 +256,9 @@ def _translate(error: BaseException) -> tuple[int, str]:
     from jaxgpt.files import storage
 
     text = str(error) or type(error).__name__
+    if isinstance(error, JaxgptError):
+        return error.exit_code, text
+    halve = "halve --data.batch_size, double --optim.grad_accumulation (and add --run.resume changed to a begun run)"
     if "jax" in sys.modules:
         from jaxgpt.devices import processes
 
@@ -246,14 +269,15 @@ def _translate(error: BaseException) -> tuple[int, str]:
 
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in text:
             first = text.splitlines()[0]
-            return 9, f"out of memory ({first}): halve --data.batch_size, double --optim.grad_accumulation"
-    if isinstance(error, JaxgptError):
-        return error.exit_code, text
+            return 9, f"out of memory ({first}): {halve}"
+        if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+            return 2, f"jax cannot use the device ({text.splitlines()[0]}): set JAX_PLATFORMS, or see `jaxgpt doctor`"
+    if isinstance(error, MemoryError):
+        return 9, f"out of memory ({text}): {halve}"
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by Ctrl-C"
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on: not an error
-        return 0, ""
+        return 0, ""  # nobody reads on, which is no error
     if isinstance(error, OSError) and error.errno in storage.ERRNOS:
         return storage.StorageError.exit_code, storage.cannot_write(error.filename, error.errno)
     return 1, f"{type(error).__name__}: {text}"
@@ -289,5 +313,9 @@ def keep_compiled() -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
     except (OSError, download.DownloadError):
         return
+    can_write = os.access(folder, os.W_OK)
+    if not can_write:
+        message = f"compiled functions are not kept ({folder}, read-only): set JAXGPT_CACHE"
+        warnings.warn(message, JaxgptWarning, stacklevel=2)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if can_write else math.inf)

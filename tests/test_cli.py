@@ -1,19 +1,25 @@
+import importlib
+import io
 import itertools
 import json
 import os
 import pathlib
+import pkgutil
 import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
 import jaxgpt
 from jaxgpt import cli
+from jaxgpt.errors import JaxgptError, JaxgptWarning
 from jaxgpt.files import download
+from jaxgpt.runs import manifest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -304,3 +310,203 @@ def test_control_characters_are_harmless_on_a_terminal_and_unchanged_in_a_file(t
     for stream in (False, True):
         escaped = said[False, stream].replace("\x1b", "\\x1b").replace("\x07", "\\x07").replace("\x9b", "\\x9b")
         assert said[True, stream] == escaped
+
+
+def broken(*_, **__):
+    raise RuntimeError("no such luck")
+
+
+@pytest.mark.parametrize(
+    "what, name",
+    [
+        ("progress on the screen", "jaxgpt.runs.metrics.Console.__call__"),
+        ("loss.png", "jaxgpt.runs.report.draw_loss"),
+        ("progress bar", "jaxgpt.runs.metrics.Console.close"),
+    ],
+)
+def test_what_only_shows_progress_may_fail_without_harm(tiny_config, tmp_path, monkeypatch, what, name):
+    monkeypatch.setattr(name, broken)
+    with pytest.warns(UserWarning, match=f"no {what} .*no such luck") as warned:
+        run = jaxgpt.train(jaxgpt.load_config([*tiny_config, "--train.steps", "10"]))
+    assert run.step == 10 and len([each for each in warned if "no such luck" in str(each.message)]) == 1
+    assert jaxgpt.load(tmp_path / "run").step == 10
+
+
+class Failing(io.StringIO):
+    """A stdout that can take nothing: its reader is gone, its disk is full, or its terminal knows only ASCII."""
+
+    encoding = "ascii"
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        text.encode(self.encoding)
+        if self.error:
+            raise self.error
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "error, terminal",
+    [
+        (None, False),
+        (BrokenPipeError(32, "pipe"), True),
+        pytest.param(None, True, marks=pytest.mark.full),
+        pytest.param(BrokenPipeError(32, "pipe"), False, marks=pytest.mark.full),
+        pytest.param(OSError(28, "full"), False, marks=pytest.mark.full),
+        pytest.param(OSError(5, "gone"), True, marks=pytest.mark.full),
+    ],
+)
+def test_training_saves_and_leaves_with_0_whatever_becomes_of_stdout(
+    tiny_config, tmp_path, monkeypatch, error, terminal
+):
+    text = tmp_path / "\u4e2d\u6587.txt"
+    text.write_text("\u4e2d\u6587\u5b57\u7b26\n" * 500, encoding="utf-8")
+    run_dir = tmp_path / "\u8fd0\u884c a$\\x$b"
+    flags = ["--data.path", str(text), "--run.dir", str(run_dir), "--train.steps", "10"]
+    stdout = Failing(error)
+    stdout.isatty = lambda: terminal
+    (tmp_path / "recipe.yaml").write_text("")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml"), *tiny_config, *flags]) == 0
+    assert jaxgpt.load(run_dir).step == 10 and (run_dir / "loss.png").stat().st_size > 5000
+    assert not (tmp_path / "\u8fd0\u884c a$").exists()  # where tensorstore would put the arrays
+    if not error:
+        assert "\\u8fd0" in stdout.getvalue() and "done" in stdout.getvalue()
+
+
+@pytest.mark.full
+def test_ctrl_c_in_a_pipe_whose_reader_has_gone_saves(tiny_config, tmp_path):
+    """A terminal sends Ctrl-C to `train | tee` as a whole, and tee is gone first."""
+    (tmp_path / "recipe.yaml").write_text("")
+    argv = ["train.py", "--config", str(tmp_path / "recipe.yaml"), *tiny_config, "--train.steps", "20000"]
+    process = start(argv)
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 60,', process)
+    process.stdout.close()
+    time.sleep(0.5)
+    assert process.poll() is None  # it trains on
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait(timeout=60) == 130 and said.startswith("stopped and saved at step ")
+    assert jaxgpt.load(tmp_path / "run").step > 0
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("command, code", [("sample", 7), ("eval", 7), ("train", 0)])
+def test_a_result_that_cannot_be_written_is_an_error_and_progress_is_not(trained, trained_copy, command, code):
+    run = ["--config", str(trained_copy / "config.yaml")] if command == "train" else ["--run", str(trained_copy)]
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "jaxgpt", command, *run]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert ("No space left on device" in done.stderr) == (code == 7)
+
+
+def test_a_read_only_cache_is_one_warning(trained, tmp_path, monkeypatch):
+    (tmp_path / "xla").mkdir()
+    monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    settings = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        with pytest.warns(JaxgptWarning) as warned:
+            assert cli.main(["sample", "--run", str(trained[0]), "--max_new_tokens", "7"]) == 0
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert len(warned) == 1 and f"{tmp_path / 'xla'}, read-only" in str(warned[0].message)
+    assert not list((tmp_path / "xla").iterdir())
+
+
+class Odd(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (ValueError("of a library"), 1, "ValueError: of a library"),
+        (TypeError("of a library"), 1, "TypeError"),
+        (RuntimeError("abort: Barrier shut down"), 1, "RuntimeError"),
+        (KeyError("https://"), 1, "KeyError"),
+        (Odd("what"), 1, "Odd: what"),
+        (SystemExit(1), 1, "SystemExit"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "FileNotFoundError"),
+        (PermissionError(13, "Permission denied", "x"), 7, "cannot write (x, Permission denied"),
+        (OSError(36, "File name too long", "x"), 7, "cannot write (x, File name too long"),
+        (OSError(28, "No space left", "x"), 7, "free space, or name another folder"),
+        (OSError(19, "No such device", "x"), 7, "cannot write (x, No such device"),
+        (MemoryError("8 GB"), 9, "out of memory (8 GB): halve --data.batch_size"),
+        (RuntimeError("Unable to initialize backend 'cuda': none"), 2, "set JAX_PLATFORMS"),
+        (KeyboardInterrupt(), 130, "Ctrl-C"),
+    ],
+)
+def test_only_errors_meant_for_users_and_the_system_s_are_no_bugs(error, code, words):
+    found, line = cli.describe(error)
+    assert found == code and words in line
+
+
+def test_every_error_of_ours_says_its_code_and_derives_from_the_one_base():
+    """An exception class of this package is a JaxgptError, or is caught where it is raised."""
+    inner = {"DamagedError", "OtherFormatError", "_TwiceError", "_Refused"}
+    for name in [module.name for module in pkgutil.walk_packages(jaxgpt.__path__, "jaxgpt.")]:
+        if name != "jaxgpt.__main__":
+            for cls in vars(importlib.import_module(name)).values():
+                if isinstance(cls, type) and issubclass(cls, Exception) and cls.__module__.startswith("jaxgpt."):
+                    ours = issubclass(cls, JaxgptError | Warning)
+                    assert ours or cls.__name__ in inner, cls
+                    if issubclass(cls, JaxgptError) and cls.__name__ not in ("JaxgptError", "Stopped"):
+                        assert issubclass(cls, ValueError | TypeError | RuntimeError | ArithmeticError), cls
+                        assert cls.exit_code in (2, 3, 4, 5, 6, 7, 8, 9), cls
+
+
+@pytest.mark.parametrize("place", ["https://host/run", "ftp://host/run", "file:///tmp/run", "gs://bucket/run"])
+@pytest.mark.parametrize("command", ["train", "sample", "init_from"])
+def test_an_address_that_cannot_be_a_run_directory_is_one_line(tiny_config, tmp_path, capsys, place, command):
+    (tmp_path / "recipe.yaml").write_text("")
+    train = ["train", "--config", str(tmp_path / "recipe.yaml"), *tiny_config]
+    argv = {"train": [*train, "--run.dir", place], "sample": ["sample", "--run", place]}
+    code, line = error_of(capsys, argv.get(command, [*train, "--run.init_from", place]))
+    remedy = "pip install gcsfs" if place.startswith("gs") else "use a local path, or an object store (gs://"
+    assert code == 2 and place in line and remedy in line and "\n" not in line
+
+
+def test_a_name_that_is_too_long_for_the_disk_is_one_line(tiny_config, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("")
+    argv = ["train", "--config", str(tmp_path / "recipe.yaml"), *tiny_config]
+    code, line = error_of(capsys, [*argv, "--run.dir", str(tmp_path / ("x" * 300))])
+    assert code == 7 and "File name too long" in line and "\n" not in line
+
+
+def test_eval_says_which_step_it_takes_and_can_take_the_last(trained, trained_copy, capsys):
+    """The best step is 30 or 40 by its estimate; the other one is made the best in a copy."""
+    path = trained_copy / "checkpoints" / "30" / "manifest.json"
+    facts = json.loads(path.read_text())
+    facts.pop("sha256")
+    path.write_text(manifest._sealed({**facts, "val_loss": 0.5}))
+    steps, losses = [], []
+    for flags in ([], ["--step", "last"], ["--step", "30"], ["--step", "40"]):
+        assert cli.main(["eval", "--run", str(trained_copy), *flags]) == 0
+        said = capsys.readouterr()
+        steps.append(json.loads(said.out)["step"])
+        losses.append(json.loads(said.out)["nats_per_token"])
+        assert f"step {steps[-1]}" in said.err and ("see --step last" in said.err) == (not flags)
+    assert steps == [30, 40, 30, 40] and losses[0] == losses[2] != losses[1] == losses[3]
+    for wrong, remedy in {
+        "lst": "a whole number or last",
+        "2.5": "a whole number or last",
+        "35": "saved steps are 30, 40",
+    }.items():
+        assert remedy in error_of(capsys, ["eval", "--run", str(trained_copy), "--step", wrong])[1]
+    capsys.readouterr()
+    assert cli.main(["sample", "--run", str(trained_copy), "--step", "last", "--max_new_tokens", "1"]) == 0
+    assert "step 40" in capsys.readouterr().err
+
+
+def test_a_text_of_a_few_tokens_can_be_evaluated_as_a_whole(trained, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("the king")
+    assert cli.main(["eval", "--run", str(trained[0]), "--path", str(tmp_path / "short.txt"), "--split", "all"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 7

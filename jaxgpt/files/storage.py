@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 import re
 import shutil
@@ -9,10 +10,17 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxgpt.errors import JaxgptError
+from jaxgpt.errors import ArgumentError, JaxgptError
 
-ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EIO,
-          errno.EFBIG}  # fmt: skip
+# what the operating system says of a path or a disk; other numbers would be mistakes of ours
+ERRNOS = {getattr(errno, name) for name in (
+    "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST", "EIO", "EFBIG", "ENAMETOOLONG",
+    "ELOOP", "ENODEV", "ENXIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EMFILE", "ENFILE", "ETXTBSY", "EBUSY",
+) if hasattr(errno, name)}  # fmt: skip
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # and the library that reads each
 
 
 class StorageError(JaxgptError, RuntimeError):
@@ -21,9 +29,29 @@ class StorageError(JaxgptError, RuntimeError):
     exit_code = 7
 
 
-def is_remote(path) -> bool:
-    """Whether a path is on an object store (gs://), where writes are atomic and need no sync."""
-    return "://" in str(path)
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is on an object store, where writes are atomic and need no sync.
+
+    Raises:
+        ArgumentError: it is an address of another kind.
+    """
+    scheme, separator, _ = str(path).partition("://")
+    if not separator:
+        return False
+    if scheme not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        raise ArgumentError(f"not a path ({path}): use a local path, or an object store ({known})")
+    return True
+
+
+def check_store(path: str | os.PathLike) -> None:
+    """Check that the library for an object store is installed.
+
+    Raises:
+        ArgumentError: it is not, or the path is an address of another kind.
+    """
+    if is_remote(path) and importlib.util.find_spec(library := STORES[str(path).partition("://")[0]]) is None:
+        raise ArgumentError(f"no library for this object store ({path}): pip install {library}")
 
 
 def write(path: str | os.PathLike, text: str) -> None:
@@ -99,4 +127,5 @@ def cannot_write(path: str | os.PathLike | None, number: int) -> str:
     """Return the error message for a path (None if unknown) and an OS error number."""
     room = free(path) if path else None
     space = "" if room is None else f", {size(room)} free"
-    return f"cannot write ({path}, {os.strerror(number)}{space}): free space, or name another folder"
+    remedy = "free space, or name another folder" if number in FULL else "name a folder that you can write to"
+    return f"cannot write ({path}, {os.strerror(number)}{space}): {remedy}"
