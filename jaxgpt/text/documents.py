@@ -1,29 +1,38 @@
 """Documents in text files, JSONL and parquet, cut into pieces that can be read independently.
 
-The cuts of a piece depend on its two offsets alone, so any process can read any piece, in any order.
+The cuts of a piece depend on its two offsets alone, so any process can read any piece, in any order. A compressed file
+can only be read from its beginning, so its pieces carry their bytes.
 """
 
+import contextlib
+import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
-
-from etils import epath
+from typing import BinaryIO, NamedTuple
 
 from jaxgpt.data import DataError
+from jaxgpt.errors import shortened
+from jaxgpt.text import inputs, places
+from jaxgpt.text.inputs import File
 from jaxgpt.tokenizer import SAFE_CUT
 
 PIECE_BYTES = 1 << 20
 CUT_BYTES = 1 << 16  # how far we search for a safe cut; a longer text without spaces is cut between any two characters
 MARGIN = 4  # bytes before a cut that decide whether it is safe
-KINDS = (".txt", ".jsonl", ".parquet")
 
 
-class File(NamedTuple):
-    """An input file; its size and modification time tell whether it has changed."""
+class Block(NamedTuple):
+    """Bytes from a text or JSONL file; those of a piece are `data[first:last]`."""
 
-    path: str
-    size: int
-    modified: float
+    data: bytes
+    offset: int
+    """Where `data` begins in the file, as it is without compression."""
+    first: int
+    last: int
+    is_end: bool
+    """Whether a text file ends with this piece."""
 
 
 class Piece(NamedTuple):
@@ -34,59 +43,36 @@ class Piece(NamedTuple):
     end: int
     size: int
     """Its share of the file's bytes, for the progress bar."""
-
-
-def list_files(paths: str) -> list[File]:
-    """List the input files: those named, and those of a known kind in the named folders, in sorted order.
-
-    Args:
-        paths: files and folders, separated by commas.
-
-    Raises:
-        DataError: a path does not exist, a folder has no file of a known kind, or a file is empty.
-    """
-    files = []
-    for name in paths.split(","):
-        path = epath.Path(name).expanduser()
-        try:
-            facts = [(each, each.stat()) for each in (_inside(path) if path.is_dir() else [path])]
-        except OSError as error:
-            raise DataError(f"cannot read the input (--input, {name}, {error.strerror or error}): check it") from None
-        if not facts:
-            raise DataError(f"nothing to read (--input, {name}): put {', '.join(KINDS)} files into the folder")
-        files += [File(str(each), stat.length, stat.mtime) for each, stat in facts]
-    for file in files:
-        if not file.size:
-            raise DataError(f"empty file ({file.path}, 0 bytes): leave it out")
-    return files
-
-
-def _inside(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            yield from _inside(path)
-        elif path.suffix in KINDS:
-            yield path
+    block: Block | None = None
+    """Its bytes, if the file is compressed."""
 
 
 def pieces(files: Iterable[File]) -> Iterator[Piece]:
-    """Yield all pieces, in the order of their documents."""
+    """Yield all pieces, in the order of their documents.
+
+    Raises:
+        DataError: a parquet or compressed file cannot be read.
+    """
     for file in files:
-        if file.path.endswith(".parquet"):
-            n = _parquet(file).num_row_groups
+        if inputs.kind(file.path) == inputs.PARQUET:
+            with places.reading(file.path, inputs.FLAG), _parquet(file) as opened:
+                n = opened.num_row_groups
             yield from (Piece(file, i, i + 1, file.size * (i + 1) // n - file.size * i // n) for i in range(n))
+        elif inputs.is_packed(file.path):
+            yield from _unpacked(file)
         else:
             for begin in range(0, file.size, PIECE_BYTES):
                 end = min(begin + PIECE_BYTES, file.size)
                 yield Piece(file, begin, end, end - begin)
 
 
-def read(piece: Piece, field: str) -> list[tuple[str, bool]]:
+def read(piece: Piece, field: str, line_ends: bool = False) -> list[tuple[str, bool]]:
     """Read the texts of a piece.
 
     Args:
         piece: one of `pieces`.
         field: JSONL field or parquet column that holds the text.
+        line_ends: whether a line break is added to each document that does not end in one, unless it is empty.
 
     Returns:
         Each text, and whether a document ends with it.
@@ -95,30 +81,85 @@ def read(piece: Piece, field: str) -> list[tuple[str, bool]]:
         DataError: the piece cannot be read; the message names the file and the line, row or offset.
     """
     path = piece.file.path
-    try:
-        if path.endswith(".parquet"):
-            return _read_parquet(piece, field)
-        if path.endswith(".jsonl"):
-            return _read_jsonl(piece, field)
-        return _read_text(piece)
-    except OSError as error:
-        raise DataError(f"cannot read the input ({path}, {error.strerror or error}): check it") from None
+    kind = inputs.kind(path)
+    with places.reading(path, inputs.FLAG):
+        if kind == inputs.PARQUET:
+            texts = _read_parquet(piece, field)
+        elif kind == inputs.JSONL:
+            texts = _read_jsonl(path, piece.block or _lines(piece), field)
+        else:
+            return [_read_text(path, piece.block or _text(piece), line_ends)]
+    return [(text + "\n" if line_ends and text and text[-1] != "\n" else text, True) for text in texts]
 
 
-def _read_text(piece: Piece) -> list[tuple[str, bool]]:
-    (path, size, _), begin, end, _ = piece
+def _unpacked(file: File) -> Iterator[Piece]:
+    """Yield the pieces of a compressed file, which are those of the file that it was made from."""
+    blocks = _blocks_of_lines if inputs.kind(file.path) == inputs.JSONL else _blocks_of_text
+    told = 0
+    with places.reading(file.path, inputs.FLAG), _opened(file.path) as (stored, stream):
+        for i, block in enumerate(blocks(stream)):
+            at = stored.tell()
+            yield Piece(file, i * PIECE_BYTES, (i + 1) * PIECE_BYTES, at - told, block)
+            told = at
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file: as it is stored, and as a stream of its text or lines."""
+    with places.locate(path, inputs.FLAG).open("rb") as stored:
+        if not inputs.is_packed(path):
+            yield stored, stored
+            return
+        with gzip.GzipFile(fileobj=stored) as stream:
+            try:
+                yield stored, stream
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise DataError(
+                    f"damaged gzip ({inputs.FLAG}, {path}, {error}): fetch it again, or leave it out"
+                ) from None
+
+
+def _text(piece: Piece) -> Block:
+    """Read the bytes of a piece of a text file."""
+    (path, size, _), begin, end, *_ = piece
     offset = max(0, begin - MARGIN)
-    with epath.Path(path).open("rb") as file:
+    wanted = min(end + CUT_BYTES, size) - offset
+    with _opened(path) as (_, file):
         file.seek(offset)
-        block = file.read(min(end + CUT_BYTES, size) - offset)
-    first = _cut(block, begin - offset) if begin else 0
-    last = _cut(block, end - offset) if end < size else len(block)
+        data = file.read(wanted)
+    if len(data) < wanted:
+        raise _shorter(path, offset + len(data), size)
+    first = _cut(data, begin - offset) if begin else 0
+    last = _cut(data, end - offset) if end < size else len(data)
+    return Block(data, offset, first, last, end >= size)
+
+
+def _blocks_of_text(stream: BinaryIO) -> Iterator[Block]:
+    """Yield the bytes of the pieces of a text that can only be read from its beginning."""
+    data, offset, first, end = b"", 0, 0, PIECE_BYTES
+    while True:
+        data += stream.read(end + CUT_BYTES - offset - len(data))
+        if offset + len(data) <= end:
+            yield Block(data, offset, first, len(data), True)
+            return
+        last = _cut(data, end - offset)
+        yield Block(data, offset, first, last, False)
+        used = end - MARGIN - offset
+        data, offset, first, end = data[used:], offset + used, last - used, end + PIECE_BYTES
+
+
+def _read_text(path: str, block: Block, line_ends: bool) -> tuple[str, bool]:
+    data, offset, first, last, is_end = block
     try:
-        text = block[first:last].decode()
+        text = data[first:last].decode()
     except UnicodeDecodeError as error:
-        bad = f"byte 0x{block[first + error.start]:02x} at offset {offset + first + error.start}"
+        bad = f"byte 0x{data[first + error.start]:02x} at offset {offset + first + error.start}"
         raise DataError(f"not UTF-8 ({path}, {bad}): save the file as UTF-8 text, or leave it out") from None
-    return [(text if begin else text.removeprefix("\ufeff"), end >= size)]
+    if offset + first == 0:
+        text = text.removeprefix("\ufeff")
+    if line_ends and is_end and not data.endswith(b"\n"):  # the last piece may be empty, so look at the bytes before it
+        text += "\n"
+    return text, is_end
 
 
 def _cut(block: bytes, nominal: int) -> int:
@@ -133,30 +174,55 @@ def _cut(block: bytes, nominal: int) -> int:
     return nominal
 
 
-def _read_jsonl(piece: Piece, field: str) -> list[tuple[str, bool]]:
-    """Read the lines that begin in the piece; blank lines are skipped."""
-    (path, _, _), begin, end, _ = piece
-    texts = []
-    with epath.Path(path).open("rb") as file:
-        at = begin
+def _lines(piece: Piece) -> Block:
+    """Read the lines that begin in a piece of a JSONL file."""
+    (path, size, _), begin, end, *_ = piece
+    found, offset = [], begin
+    with _opened(path) as (_, file):
         if begin:
             file.seek(begin - 1)
-            at += len(file.readline()) - 1
+            offset += len(file.readline()) - 1
+        at = offset
         while at < end and (line := file.readline()):
-            if not line.isspace():
-                texts.append((_text_of(line, field, path, at), True))
+            found.append(line)
             at += len(line)
+    if at < end:
+        raise _shorter(path, at, size)
+    data = b"".join(found)
+    return Block(data, offset, 0, len(data), end >= size)
+
+
+def _blocks_of_lines(stream: BinaryIO) -> Iterator[Block]:
+    """Yield the bytes of the pieces of lines that can only be read from their beginning."""
+    found, offset, at, end = [], 0, 0, PIECE_BYTES
+    for line in stream:
+        while at >= end:
+            yield Block(b"".join(found), offset, 0, at - offset, False)
+            found, offset, end = [], at, end + PIECE_BYTES
+        found.append(line)
+        at += len(line)
+    yield Block(b"".join(found), offset, 0, at - offset, True)
+
+
+def _read_jsonl(path: str, block: Block, field: str) -> list[str]:
+    """Read the texts of lines; blank lines are skipped."""
+    texts, at = [], block.offset
+    for line in io.BytesIO(block.data):
+        if not line.isspace():
+            texts.append(_text_of(line, field, path, at))
+        at += len(line)
     return texts
 
 
 def _text_of(line: bytes, field: str, path: str, offset: int) -> str:
     try:
         record = json.loads(line)
-        wrong = _wrong(record[field]) if isinstance(record, dict) and field in record else f"no field {field!r}"
+        has_text = isinstance(record, dict) and field in record
+        wrong = _wrong(record[field]) if has_text else f"no field {shortened(repr(field))}"
     except (ValueError, RecursionError) as error:
-        wrong = f"not JSON: {error}"
+        wrong = f"not JSON: {_line(error)}"
     if wrong:
-        with epath.Path(path).open("rb") as file:
+        with _opened(path) as (_, file):
             number = 1 + sum(block.count(b"\n") for block in _blocks(file, offset))
         raise DataError(f"a line without text ({path}, line {number}, {wrong}): repair it, or see --text_field")
     return record[field]
@@ -186,17 +252,20 @@ def _parquet(file: File):
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"parquet needs pyarrow ({file.path}, {error}): pip install 'jaxgpt[parquet]'") from None
+    opened = places.locate(file.path, inputs.FLAG).open("rb")
     try:
-        return pyarrow.parquet.ParquetFile(epath.Path(file.path).open("rb"))
+        return pyarrow.parquet.ParquetFile(opened)
     except pyarrow.ArrowException as error:
+        opened.close()
         raise DataError(f"not parquet ({file.path}, {_line(error)}): leave it out") from None
 
 
-def _read_parquet(piece: Piece, field: str) -> list[tuple[str, bool]]:
+def _read_parquet(piece: Piece, field: str) -> list[str]:
     path = piece.file.path
     with _parquet(piece.file) as file:
         if field not in (names := file.schema_arrow.names):
-            raise DataError(f"no column {field!r} ({path}, it has {', '.join(names)}): name one with --text_field")
+            has = shortened(", ".join(names), 200)
+            raise DataError(f"no column {shortened(repr(field))} ({path}, it has {has}): name one with --text_field")
         try:
             texts = file.read_row_group(piece.begin, columns=[field])[field].to_pylist()
         except Exception as error:  # damaged pages: pyarrow raises several kinds
@@ -206,8 +275,14 @@ def _read_parquet(piece: Piece, field: str) -> list[tuple[str, bool]]:
         if wrong := _wrong(text):
             where = f"{path}, row {i} of row group {piece.begin}, {wrong}"
             raise DataError(f"a row without text ({where}): repair it, or see --text_field")
-    return [(text, True) for text in texts]
+    return texts
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return shortened(" ".join(str(error).split()), 200)
+
+
+def _shorter(path: str, found: int, size: int) -> DataError:
+    return DataError(
+        f"the file became shorter ({path}, {found:,} of {size:,} bytes): wait until it is written, and repeat"
+    )

@@ -17,9 +17,11 @@ from jaxgpt import data
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataConfig
 from jaxgpt.devices import sharding
+from jaxgpt.errors import shortened
 from jaxgpt.step import TRAIN, VAL, stream_key
-from jaxgpt.text import corpus, token_folder
-from jaxgpt.tokenizer import Tokenizer
+from jaxgpt.text import corpus, places, token_folder
+from jaxgpt.text.workers import prefetched
+from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
 EVALUATED = 1 << 20  # tokens of a folder's split on the devices at a time
 
@@ -31,13 +33,17 @@ class Text:
         text = corpus.load(config.name, config.path)
         self.name, self.sha256, self.train_fraction = text.name, text.sha256, config.train_fraction
         self.tokenizer = tokenizer or tokenizers.for_text(config.tokenizer, text.text, text.alphabet)
-        self.ids = self.tokenizer.encode(text.text)
+        try:
+            self.ids = self.tokenizer.encode(text.text)
+        except UnknownCharacterError as error:
+            raise data.DataError(f"not in the tokenizer's alphabet ({_short(self)}): {error}") from None
         self.tokens = len(self.ids)
 
     def split(self, mesh: Mesh | None, block_size: int) -> None:
         """Cut the text into the train and val splits, and put both on every device."""
         self.block_size = block_size
-        parts = data.split(self.ids, self.train_fraction, self.tokenizer.vocab_size, block_size)
+        where = (self.train_fraction, self.tokenizer.vocab_size, block_size)
+        parts = data.split(self.ids, *where, name=_short(self))
         self.splits = parts if mesh is None else data.Splits(*(sharding.place(mesh, np.asarray(a)) for a in parts))
 
     def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
@@ -51,7 +57,9 @@ class Text:
         return (self.windows(TRAIN, seed, first, n, rows) for first, n in calls)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
-        """Yield a whole split for `evaluate`; `all` is both splits as one."""
+        """Yield a whole split for `evaluate`; see `Source`."""
+        if split == "all" and self.tokens < 2:
+            raise _too_short(self)
         yield self.ids if split == "all" else getattr(self.splits, split)
 
 
@@ -71,6 +79,7 @@ class Folders:
                 f"tokenizer.json has {self.tokenizer.vocab_size}): prepare the folder again"
             )
         self.tokens = sum(folder.tokens for folder in folders)
+        self.mesh, self.block_size = None, 1  # until `split` is called
 
     def split(self, mesh: Mesh | None, block_size: int) -> None:
         """Cut each folder into the train and val splits."""
@@ -91,10 +100,12 @@ class Folders:
 
     def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
         """Yield the training batches of each call, reading ahead while the previous call computes; see `Source`."""
-        return token_folder.prefetched(lambda call: self.windows(TRAIN, seed, *call, rows), calls)
+        return prefetched(lambda call: self.windows(TRAIN, seed, *call, rows), calls)
 
     def pieces(self, split: str) -> Iterator[jax.Array]:
-        """Yield a whole split for `evaluate`, in pieces; `all` is both splits as one."""
+        """Yield a whole split for `evaluate`, in pieces; see `Source`."""
+        if split == "all" and max(span.stop - span.start for span in self.mixture.spans) < 2:
+            raise _too_short(self)
         size = max(EVALUATED // self.block_size, 1) * self.block_size
         mixture = self.mixture if split == "all" else getattr(self.splits, split)
         for piece in token_folder.consecutive(mixture, size):
@@ -102,11 +113,12 @@ class Folders:
 
 
 Source = Text | Folders
-"""Both classes have the same methods. Call `split(mesh, block_size)` first.
+"""Both classes have the same methods. Call `split(mesh, block_size)` first, unless the whole text is to be evaluated.
 
 `windows(stream, seed, first, n, rows)` returns the batches of the n steps from `first` on, (n, rows, T + 1) unsigned
 integers. The stream is TRAIN or ESTIMATE, both from the train split, or VAL. `feed(calls, seed, rows)` yields the
-training windows of each call; a call is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`.
+training windows of each call; a call is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`;
+the split `all` is both as one.
 """
 
 
@@ -122,9 +134,21 @@ def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Sourc
         DataError: a token folder cannot be read.
         TokenizerError: there is no such tokenizer, or its file is damaged.
     """
-    prepared = config.path and (os.path.isdir(os.path.expanduser(config.path)) or "=" in config.path)
-    remote = config.path and "://" in config.path
-    return Folders(config) if prepared or remote else Text(config, tokenizer)
+    if config.path is None:
+        return Text(config, tokenizer)
+    local = os.path.expanduser(config.path)
+    mixture = "=" in config.path and not os.path.exists(local)  # else it is part of a name
+    folders = places.is_remote(config.path) or os.path.isdir(local) or mixture
+    return Folders(config) if folders else Text(config, tokenizer)
+
+
+def _too_short(source: Source) -> data.DataError:
+    count = "1 token" if source.tokens == 1 else f"{source.tokens} tokens"
+    return data.DataError(f"nothing to predict ({_short(source)}, {count}): use a longer text")
+
+
+def _short(source: Source) -> str:
+    return shortened(source.name, 300)
 
 
 def describe(source: Source) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A batch is a pure function of (seed, stream, step), and each process reads only 
 tokens: touched pages count as memory of the process, so a pass over 10 GB would end with 10 GB in use.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -13,21 +12,21 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from jaxgpt.data import DataError
+from jaxgpt.errors import shortened
 from jaxgpt.files import download
-from jaxgpt.text import npy
+from jaxgpt.text import npy, places
 
 FORMAT = 1
+FLAG = "--data.path"
 DATASET, TOKENS, ENDS, TOKENIZER = "dataset.json", "tokens.npy", "document_ends.npy", "tokenizer.json"
 BLOCK_BYTES = 1 << 23
-
-A, B = TypeVar("A"), TypeVar("B")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +87,18 @@ def open_token_folder(path: str) -> TokenFolder:
     Raises:
         DataError: it is not a token folder, is unfinished, or its bytes have changed.
     """
-    facts = _facts(epath.Path(path).expanduser())
-    return _copied(path, facts) if "://" in path else _verified(path, pathlib.Path(path).expanduser(), facts)
+    with places.reading(path, FLAG):
+        facts = facts_of(places.locate(path, FLAG))
+        if places.is_remote(path):
+            return _copied(path, facts)
+    return _verified(path, pathlib.Path(os.path.expanduser(path)), facts)
 
 
 def parse_sources(path: str) -> Mixture:
     """Open the folders that `data.path` names: `DIR`, or `DIR=WEIGHT,DIR=WEIGHT`.
+
+    Args:
+        path: a folder of exactly this name, if there is one, also with a `=` in it; otherwise a mixture.
 
     Returns:
         One span per folder, which covers it, and weights that sum to 1.
@@ -101,15 +106,10 @@ def parse_sources(path: str) -> Mixture:
     Raises:
         DataError: a folder is unusable, a weight is not a positive number, or the tokenizers differ.
     """
-    parts = [part.rpartition("=") for part in path.split(",")] if "=" in path else [(path, "=", "1")]
-    where = f"--data.path, {path!r}"
-    try:
-        weights = np.array([float(weight) for _, _, weight in parts])
-    except ValueError:
-        raise DataError(f"not a weight ({where}): write DIR, or DIR=WEIGHT,DIR=WEIGHT") from None
-    if not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise DataError(f"weights must be positive ({where}): write DIR=WEIGHT,DIR=WEIGHT, such as a=0.7,b=0.3")
-    folders = [open_token_folder(name) for name, _, _ in parts]
+    whole = "=" not in path or places.exists(path, FLAG)
+    parts = [(path, "1")] if whole else [part.rpartition("=")[::2] for part in path.split(",")]
+    weights = np.array([_weight(name, weight, path) for name, weight in parts])
+    folders = [open_token_folder(name) for name, _ in parts]
     for other in folders[1:]:
         if other.tokenizer_sha256 != folders[0].tokenizer_sha256:
             raise DataError(
@@ -203,19 +203,18 @@ def consecutive(mixture: Mixture, size: int) -> Iterator[np.ndarray]:
             yield folder.read([i], min(size + 1, stop - i))[0]
 
 
-def prefetched(read: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
-    """Yield `map(read, arguments)`, with a thread reading one item ahead of the caller.
-
-    An exception of `read` is raised here when its item is due. Closing the iterator waits for at most one read.
-    """
-    with concurrent.futures.ThreadPoolExecutor(1, "prefetch") as thread:
-        ahead = None
-        for argument in arguments:
-            current, ahead = ahead, thread.submit(read, argument)
-            if current is not None:
-                yield current.result()
-        if ahead is not None:
-            yield ahead.result()
+def _weight(name: str, weight: str, path: str) -> float:
+    """The weight of a folder in the mixture `path`."""
+    with contextlib.suppress(ValueError):
+        if name and 0 < float(weight) < 1e300:  # so that the sum is finite
+            return float(weight)
+    where = f"{FLAG}, {shortened(path, 300)!r}"
+    weight = repr(shortened(weight))
+    wrong = f"the weight of {shortened(name)!r} is {weight}" if name else f"{weight} has no weight"
+    raise DataError(
+        f"no such file or folder, and not a mixture ({where}; {wrong}): check the path, or write "
+        "DIR=WEIGHT,DIR=WEIGHT with positive numbers, such as a=0.7,b=0.3"
+    )
 
 
 def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
@@ -228,15 +227,19 @@ def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
     return digest.hexdigest()
 
 
-def _facts(folder: epath.Path) -> dict:
-    """Read dataset.json, which is written last: a folder without it is unfinished."""
+def facts_of(folder: epath.Path) -> dict:
+    """Read dataset.json, which is written last: a folder without it is unfinished.
+
+    Raises:
+        DataError: it is missing, or something else.
+    """
     wanted = {"format": int, "dtype": str, "tokens": int, "vocab_size": int, "sha256": str, "tokenizer_sha256": str}
     try:
         facts = json.loads((folder / DATASET).read_text())
         bad = [key for key, kind in wanted.items() if not isinstance(facts.get(key), kind)]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise DataError(f"not a dataset description ({folder / DATASET}): prepare the folder again") from None
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         unfinished = f"no {DATASET}: {error.strerror or error}"
         raise DataError(f"not a finished token folder ({folder}, {unfinished}): run `jaxgpt prepare`") from None
     if bad or facts["format"] != FORMAT:
@@ -260,10 +263,12 @@ def _verified(name: str, folder: pathlib.Path, facts: dict) -> TokenFolder:
     for file, wanted in ((TOKENS, facts["sha256"]), (TOKENIZER, facts["tokenizer_sha256"])):
         if found[file] != wanted:
             what = f"{name}/{file}" + (f", {size} bytes of tokens" if file == TOKENS else "")
-            raise DataError(f"a damaged token folder ({what}, sha256 {found[file]} instead of {wanted}): {again}")
+            differs = f"sha256 {found[file]} instead of {shortened(wanted)}"
+            raise DataError(f"a damaged token folder ({what}, {differs}): {again}")
     n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
     if (shape, dtype.name) != ((n,), facts["dtype"]):
-        raise DataError(f"a damaged token folder ({name}, {dtype} {shape} is not what {DATASET} says): {again}")
+        header = shortened(f"{dtype} {shape}")
+        raise DataError(f"a damaged token folder ({name}, {header} is not what {DATASET} says): {again}")
     if beyond := npy.first_beyond(folder / TOKENS, facts["vocab_size"]):
         at, token = beyond
         raise DataError(f"an id beyond the vocabulary ({name}, token {at:,} is {token}, the last id is "
@@ -285,11 +290,14 @@ def _copied(path: str, facts: dict) -> TokenFolder:
             fresh = pathlib.Path(temporary) / name
             fresh.mkdir(mode=0o700)
             for file in (TOKENS, TOKENIZER, DATASET):
-                with (epath.Path(path) / file).open("rb") as source, open(fresh / file, "wb") as sink:
+                with (places.locate(path, FLAG) / file).open("rb") as source, open(fresh / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, BLOCK_BYTES)
             folder = _verified(path, fresh, facts)
-            if not target.exists():  # another process on this machine may have been faster
+            try:
                 os.replace(fresh, target)
+            except OSError:
+                if not target.exists():  # another process on this machine was faster
+                    raise
     except OSError as error:
         why = f"cannot copy the token folder ({path} to {target}, {error})"
         raise DataError(f"{why}: check both, or set JAXGPT_CACHE to a folder with room") from error

@@ -1,4 +1,4 @@
-"""Mapping a function over items in worker processes, with the results in order."""
+"""Mapping a function over items, with the results in order: in worker processes, or in a thread that runs ahead."""
 
 import collections
 import concurrent.futures
@@ -53,6 +53,21 @@ def in_order(function: Callable[[A], B], items: Iterable[A], processes: int) -> 
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def prefetched(read: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
+    """Yield `map(read, arguments)`, with a thread reading one item ahead of the caller.
+
+    An exception of `read` is raised here when its item is due. Closing the iterator waits for at most one read.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1, "prefetch") as thread:
+        ahead = None
+        for argument in arguments:
+            current, ahead = ahead, thread.submit(read, argument)
+            if current is not None:
+                yield current.result()
+        if ahead is not None:
+            yield ahead.result()
 
 
 def _start_process() -> None:

@@ -1,15 +1,17 @@
+import gzip
 import json
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from etils import epath
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
-from jaxgpt.text import documents
+from jaxgpt.text import documents, inputs
 
 SMALL = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 
@@ -29,7 +31,7 @@ def gpt2():
 
 
 def read_all(path, field="text"):
-    pieces = list(documents.pieces(documents.list_files(str(path))))
+    pieces = list(documents.pieces(inputs.list_files(str(path))))
     return [found for piece in pieces for found in documents.read(piece, field)]
 
 
@@ -87,26 +89,76 @@ def test_the_rows_of_a_parquet_file_are_documents(tmp_path):
     texts = [f"text {i} 世界" for i in range(25)]
     table = pyarrow.table({"id": range(25), "body": texts})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10)
-    pieces = list(documents.pieces(documents.list_files(str(tmp_path))))
+    pieces = list(documents.pieces(inputs.list_files(str(tmp_path))))
     assert [len(documents.read(piece, "body")) for piece in pieces] == [10, 10, 5]
     assert read_all(tmp_path / "a.parquet", "body") == [(text, True) for text in texts]
     assert sum(piece.size for piece in pieces) == (tmp_path / "a.parquet").stat().st_size
 
 
-def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.jsonl", "sub/c.txt", "a.md"):
-        (tmp_path / name).write_text('{"text": "x"}')
-    (tmp_path / "more.md").write_text("named, so read")
-    files = documents.list_files(f"{tmp_path},{tmp_path / 'more.md'}")
-    names = [tmp_path / name for name in ("a.jsonl", "b.txt", "sub/c.txt", "more.md")]
-    assert [file.path for file in files] == [str(name) for name in names]
+@SMALL
+@given(
+    texts=st.lists(WORDS, min_size=1, max_size=20),
+    piece=st.integers(16, 60),
+    cut=st.integers(4, 16),
+    packed=st.booleans(),
+    ending=st.sampled_from(["txt", "jsonl"]),
+)
+def test_a_compressed_file_has_the_pieces_of_the_file_that_it_was_made_from(
+    tmp_path, sizes, texts, piece, cut, packed, ending
+):
+    sizes(piece, cut)
+    content = "".join(texts) if ending == "txt" else "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    plain, compressed = tmp_path / f"a.{ending}", tmp_path / f"a.{ending}.gz"
+    plain.write_bytes(content.encode())
+    compressed.write_bytes(gzip.compress(content.encode()))
+    for line_ends in (False, True):
+        found = []
+        for path in (plain, compressed):
+            pieces = list(documents.pieces(inputs.list_files(str(path))))
+            assert sum(each.size for each in pieces) == path.stat().st_size
+            found.append([documents.read(each, "text", line_ends) for each in pieces])
+        while found[0][-1] == []:  # only a line that is longer than a piece leaves such a piece behind it
+            found[0].pop()
+        assert found[0] == found[1]
+
+
+def test_a_compressed_file_is_unpacked_as_its_pieces_are_asked_for(tmp_path, sizes):
+    sizes(1000, 100)
+    line = json.dumps({"text": "a" * 80}).encode() + b"\n"
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(line * 10_000))
+    for piece in documents.pieces(inputs.list_files(str(tmp_path / "a.jsonl.gz"))):
+        assert len(piece.block.data) < 1000 + len(line)
+        assert documents.read(piece, "text")
+
+
+@SMALL
+@given(texts=st.lists(WORDS | st.just(""), min_size=1, max_size=9), piece=st.integers(8, 60))
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "parquet"])
+def test_with_line_ends_each_document_that_is_not_empty_ends_in_a_line_break(tmp_path, sizes, texts, piece, ending):
+    sizes(piece, min(piece, 16))
+    path = tmp_path / f"a.{ending}"
+    if ending == "txt":
+        texts = ["".join(texts) or " "]
+        path.write_bytes(texts[0].encode())
+    elif ending == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=2)
+    found, parts = [], ""
+    for piece in documents.pieces(inputs.list_files(str(path))):
+        for text, is_end in documents.read(piece, "text", line_ends=True):
+            parts += text
+            if is_end:
+                found.append(parts)
+                parts = ""
+    assert not parts
+    assert found == [text if text.endswith("\n") or not text else text + "\n" for text in texts]
 
 
 def test_inputs_on_an_object_store_are_read_like_files(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("hello")
-    local = documents.epath.Path
-    monkeypatch.setattr(documents.epath, "Path", lambda path: local(path.replace("gs://bucket", str(tmp_path))))
+    local = epath.Path
+    monkeypatch.setattr(epath, "Path", lambda path: local(path.replace("gs://bucket", str(tmp_path))))
     assert read_all("gs://bucket/a.txt") == [("hello", True)]
 
 
@@ -153,13 +205,30 @@ def test_a_bad_row_of_parquet_is_named(tmp_path):
     assert "not parquet" in error_of(path)
 
 
-@pytest.mark.parametrize(
-    "name, says", [("missing.txt", "No such file"), ("empty.txt", "0 bytes"), ("folder", "nothing")]
-)
-def test_an_input_without_text_is_named(tmp_path, name, says):
-    (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "folder").mkdir()
-    assert says in error_of(tmp_path / name)
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "other"])
+def test_a_damaged_compressed_file_is_named(tmp_path, ending, damage):
+    path = tmp_path / f"a.{ending}.gz"
+    good = gzip.compress(b'{"text": "fine"}\n' * 1000)
+    path.write_bytes({"cut": good[:-20], "flip": good[:40] + b"\0\0\0\0" + good[44:], "other": b"no gzip"}[damage])
+    assert error_of(path).startswith("damaged gzip")
+
+
+def test_a_bad_line_of_a_compressed_file_is_named(tmp_path, sizes):
+    sizes(20, 1)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n\n{"text": "fine"}\n{"text": 7}\n'))
+    assert "line 4," in error_of(tmp_path / "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path, sizes, ending):
+    sizes(100, 10)
+    path = tmp_path / f"a.{ending}"
+    path.write_text('{"text": "fine"}\n' * 100)
+    *_, last = documents.pieces(inputs.list_files(str(path)))
+    path.write_text('{"text": "fine"}\n' * 50)
+    with pytest.raises(DataError, match=r"became shorter \(.*of 1,700 bytes\): wait"):
+        documents.read(last, "text")
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):

@@ -1,7 +1,12 @@
+import contextlib
+import dataclasses
+import gzip
 import hashlib
+import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +20,7 @@ import pytest
 from jaxgpt import cli
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
-from jaxgpt.text import corpus, documents, prepare, token_folder
+from jaxgpt.text import corpus, documents, inputs, prepare, token_folder
 from jaxgpt.text.prepare import PrepareArgs, PrepareError
 from jaxgpt.tokenizer import CharTokenizer, TokenizerError
 
@@ -93,14 +98,51 @@ def test_the_folder_can_be_read(play, tmp_path):
     )
 
 
-def test_characters_have_no_end_and_the_alphabet_of_the_input(tmp_path):
+def test_documents_of_characters_end_in_a_line_break(tmp_path):
     (tmp_path / "a.txt").write_text("banana 世界")
-    (tmp_path / "b.txt").write_text("cab")
-    out, tokens, ends = made(PrepareArgs(f"{tmp_path}/a.txt,{tmp_path}/b.txt", str(tmp_path / "out"), "char"))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ["cab", "", "ab\n", "\n"]))
+    out, tokens, ends = made(PrepareArgs(f"{tmp_path}/a.txt,{tmp_path}/b.jsonl", str(tmp_path / "out"), "char"))
     tokenizer = tokenizers.load(out / "tokenizer.json")
-    assert tokenizer.alphabet == "".join(sorted(set("banana 世界cab")))
-    assert tokenizer.decode(tokens) == "banana 世界cab" and tokens.dtype == np.uint8
-    assert ends.tolist() == [9, 12]
+    assert tokenizer.alphabet == "".join(sorted(set("\nbanana 世界cab")))
+    assert tokenizer.decode(tokens) == "banana 世界\ncab\nab\n\n" and tokens.dtype == np.uint8
+    assert ends.tolist() == [10, 14, 14, 17, 18]
+
+
+@pytest.mark.parametrize("ending", ["txt", "md", "", "txt.gz"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_text_alone_has_the_characters_and_the_alphabet_of_the_text(tmp_path, ending, folder):
+    path = tmp_path / "in" / f"a.{ending}".rstrip(".")
+    path.parent.mkdir()
+    path.write_bytes(gzip.compress(b"banana") if ending == "txt.gz" else b"banana")
+    args = PrepareArgs(str(path.parent if folder and ending else path), str(tmp_path / "out"), "char", workers=1)
+    out, tokens, ends = made(args)
+    assert (tokens.tolist(), ends.tolist()) == ([1, 0, 2, 0, 2, 0], [6])
+    assert tokenizers.load(out / "tokenizer.json").alphabet == "abn"
+
+
+@pytest.mark.parametrize("alphabet, text", [("ab", "abba"), ("\nab", "ab\nba\n")])
+def test_documents_end_in_a_line_break_if_a_given_alphabet_has_one(tmp_path, alphabet, text):
+    CharTokenizer(alphabet).save(tmp_path / "given.json")
+    (tmp_path / "a.jsonl").write_text('{"text": "ab"}\n{"text": "ba"}\n')
+    args = PrepareArgs(f"{tmp_path}/a.jsonl", str(tmp_path / "out"), str(tmp_path / "given.json"))
+    assert CharTokenizer(alphabet).decode(made(args)[1]) == text
+
+
+def test_the_cuts_between_pieces_change_nothing_about_line_breaks(tmp_path, monkeypatch):
+    texts = ["one two three ", "four\n", " five " * 9, "", "\n\n", "six"]
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i}.txt").write_text(text)
+    (tmp_path / "in" / "7.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made_of = []
+    for piece in (7, 16, 1000):
+        monkeypatch.setattr(documents, "PIECE_BYTES", piece)
+        monkeypatch.setattr(documents, "CUT_BYTES", 7)
+        with pytest.warns(inputs.InputWarning, match=r"3\.txt"):
+            made_of.append(made(PrepareArgs(str(tmp_path / "in"), str(tmp_path / str(piece)), "char", workers=1))[1:])
+    for tokens, ends in made_of[:2]:
+        np.testing.assert_array_equal(tokens, made_of[2][0])
+        np.testing.assert_array_equal(ends, made_of[2][1])
 
 
 @pytest.mark.full
@@ -175,23 +217,28 @@ def test_a_command_that_was_stopped_carries_on_to_the_same_files(play, whole, tm
     assert contents(out) == whole
 
 
-def test_what_was_written_behind_the_journal_is_dropped(play, tmp_path, monkeypatch):
-    args = PrepareArgs(str(play), str(tmp_path / "out"), "char", workers=1)
-    monkeypatch.setattr(documents, "PIECE_BYTES", 100_000)
-    encode, calls = prepare.encode_piece, []
+def stop_after(monkeypatch, n, error):
+    """Let `prepare` fail after `n` pieces, with everything before that on the disk if the error is one of the input."""
+    encode, calls = prepare.encode, []
 
     def fail(*arguments):
         calls.append(arguments)
-        if len(calls) == 5:
-            raise RuntimeError("power cut")
+        if len(calls) > n:
+            raise error
         return encode(*arguments)
 
-    monkeypatch.setattr(prepare, "encode_piece", fail)
-    with pytest.raises(RuntimeError, match="power cut"):
-        prepare.prepare(args)
+    monkeypatch.setattr(prepare, "encode", fail)
+
+
+def test_what_was_written_behind_the_journal_is_dropped(play, tmp_path, monkeypatch):
+    args = PrepareArgs(str(play), str(tmp_path / "out"), "char", workers=1)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 100_000)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4, RuntimeError("power cut"))
+        with pytest.raises(RuntimeError, match="power cut"):
+            prepare.prepare(args)
     assert json.loads((tmp_path / "out" / "journal.json").read_text())["pieces"] == 0
     assert (tmp_path / "out" / "tokens.npy").stat().st_size > 300_000
-    monkeypatch.setattr(prepare, "encode_piece", encode)
     out, _, _ = made(args)
     again, _, _ = made(PrepareArgs(str(play), str(tmp_path / "again"), "char", workers=1))
     assert contents(out) == contents(again)
@@ -207,22 +254,200 @@ def test_a_finished_folder_is_left_as_it_is(play, tmp_path, capsys):
     assert times == {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in FILES}
 
 
+# The same text in another place, and another text in the same place
+
+
+LINES = [json.dumps({"text": f"line {i:02} abc"}) + "\n" for i in range(20)]  # four pieces of five lines
+
+
+@pytest.fixture
+def corpus_of(tmp_path, monkeypatch):
+    """A function that writes a folder of two files, and the arguments to prepare it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(documents, "PIECE_BYTES", len("".join(LINES[:5])))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.txt").write_text("the end 0123456789")
+
+    def write(lines, tokenizer="char", **more):
+        (tmp_path / "in" / "a.jsonl").write_text("".join(lines))
+        if tokenizer == "given":
+            CharTokenizer("".join(sorted(set("\n".join(LINES) + "the end")))).save(tmp_path / "given.json")
+            tokenizer = str(tmp_path / "given.json")
+        size = {"bpe": 260}.get(tokenizer)
+        return PrepareArgs("in", "out", tokenizer, vocab_size=size, workers=1, **more)
+
+    return write
+
+
+def moved(tmp_path, how):
+    """The input under another name."""
+    if how == "moved":
+        (tmp_path / "in").rename(tmp_path / "elsewhere")
+    elif how == "copied":
+        shutil.copytree(tmp_path / "in", tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    elif how == "touched":
+        os.utime(tmp_path / "in" / "a.jsonl", (1, 1))
+    return {"relative": "./in/", "absolute": str(tmp_path / "in"), "named": "in/a.jsonl,in/b.txt", "touched": "in"}.get(
+        how, "elsewhere"
+    )
+
+
+@pytest.mark.parametrize("how", ["relative", "absolute", "named", "moved", "copied", "touched"])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe", "given"])
+def test_the_same_text_in_another_place_is_the_same(corpus_of, tmp_path, monkeypatch, capsys, tokenizer, how):
+    args = corpus_of(LINES, tokenizer)
+    whole = contents(made(dataclasses.replace(args, out="whole"))[0])
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, DataError("no more"))
+        with pytest.raises(DataError):
+            prepare.prepare(args)
+    args = dataclasses.replace(args, input=moved(tmp_path, how))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2, RuntimeError("pieces were repeated"))
+        out, *_ = made(args)
+    found = contents(out)
+    facts, wanted = (json.loads(each.pop("dataset.json")) for each in (found, whole))
+    assert found == whole
+    for each in (facts, wanted):
+        del each["request"]["inputs"]
+    assert facts == wanted
+    capsys.readouterr()
+    for each in (args, dataclasses.replace(args, out="whole")):
+        prepare.prepare(each)  # is finished
+        assert "nothing to do" in capsys.readouterr().err
+
+
+BROKEN = '{"text": "line\n'
+
+
+@pytest.mark.parametrize("at", [0, 7, 19])
+@pytest.mark.parametrize("tokenizer", ["char", "bpe", "given"])
+def test_after_a_repair_of_the_input_the_same_command_goes_on(corpus_of, monkeypatch, tokenizer, at):
+    args = corpus_of([*LINES[:at], BROKEN, *LINES[at + 1 :]], tokenizer)
+    with pytest.raises(DataError, match=f"line {at + 1}, not JSON"):
+        prepare.prepare(args)
+    corpus_of(LINES, tokenizer)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5 - at // 5 if tokenizer == "given" else 5, RuntimeError("pieces were repeated"))
+        out, *_ = made(args)
+    assert contents(out) == contents(made(dataclasses.replace(args, out="again"))[0])
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe", "given"])
 @pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize("change", ["inputs", "tokenizer", "text_field"])
-def test_a_folder_of_another_command_is_refused(tmp_path, finished, change):
-    (tmp_path / "a.txt").write_text("some text")
-    args = {"input": str(tmp_path / "a.txt"), "out": str(tmp_path / "out"), "tokenizer": "char"}
-    out, _, _ = made(PrepareArgs(**args))
+def test_a_folder_with_work_of_another_text_is_refused_and_left_as_it_is(
+    corpus_of, tmp_path, monkeypatch, tokenizer, finished
+):
+    args = corpus_of(LINES, tokenizer)
     if not finished:
-        facts = json.loads((out / "dataset.json").read_text())
-        (out / "dataset.json").unlink()
-        journal = {"request": facts["request"], "pieces": 0, "tokens": 0, "documents": 0}
-        (out / "journal.json").write_text(json.dumps(journal))
-    if change == "inputs":
-        (tmp_path / "a.txt").write_text("another text")
-    other = {"tokenizer": "gpt2", "text_field": "body"}
-    with pytest.raises(PrepareError, match=rf"{change}\): delete it, or name another --out"):
-        prepare.prepare(PrepareArgs(**{**args, **({change: other[change]} if change in other else {})}))
+        stop_after(monkeypatch, 3, DataError("no more"))
+    with contextlib.nullcontext() if finished else pytest.raises(DataError):
+        prepare.prepare(args)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    corpus_of([LINES[1], LINES[0], *LINES[2:]], tokenizer)
+    remedy = r"from another text|with another text"
+    with pytest.raises(PrepareError, match=rf"the folder was (made|begun) ({remedy}) \(out, .*\): delete it, or name"):
+        prepare.prepare(args)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_another_text_behind_the_pieces_that_are_done_is_refused_if_it_changes_the_tokenizer(corpus_of, monkeypatch):
+    args = corpus_of(LINES)
+    stop_after(monkeypatch, 3, DataError("no more"))
+    with pytest.raises(DataError):
+        prepare.prepare(args)
+    corpus_of([*LINES[:-1], LINES[-1].replace("abc", "xyz")])
+    with pytest.raises(PrepareError, match="begun with another text"):
+        prepare.prepare(args)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_second_text_beside_one_that_was_alone_is_another_text(tmp_path, monkeypatch, finished):
+    """The first one would now end in a line break."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", 10)
+    (tmp_path / "a.txt").write_text("one two three four five six")
+    (tmp_path / "b.txt").write_text("seven")
+    args = PrepareArgs(str(tmp_path / "a.txt"), str(tmp_path / "out"), "char", workers=1)
+    with monkeypatch.context() as patch, contextlib.nullcontext() if finished else pytest.raises(DataError):
+        stop_after(patch, 9 if finished else 2, DataError("no more"))
+        prepare.prepare(args)
+    with pytest.raises(PrepareError, match=r"another text \("):
+        prepare.prepare(dataclasses.replace(args, input=f"{tmp_path}/a.txt,{tmp_path}/b.txt"))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("change", [{"tokenizer": "given"}, {"text_field": "body"}, {"tokenizer": "bpe"}])
+def test_a_folder_with_work_of_other_settings_is_refused(corpus_of, monkeypatch, finished, change):
+    args = corpus_of(LINES)
+    if not finished:
+        stop_after(monkeypatch, 1, DataError("no more"))
+    with contextlib.nullcontext() if finished else pytest.raises(DataError):
+        prepare.prepare(args)
+    name = next(iter(change))
+    tokenizer = change.get("tokenizer", "char")
+    other = dataclasses.replace(corpus_of(LINES, tokenizer), **({} if "tokenizer" in change else change))
+    with pytest.raises(PrepareError, match=rf"with other settings \(out, {name}.*\): delete it, or name another --out"):
+        prepare.prepare(other)
+
+
+@pytest.mark.parametrize("change", [{"tokenizer": "given"}, {"text_field": "body"}])
+def test_where_nothing_is_done_yet_other_settings_begin_anew(corpus_of, monkeypatch, capsys, change):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0, DataError("no more"))
+        with pytest.raises(DataError):
+            prepare.prepare(corpus_of(LINES))
+    lines = [line.replace('"text"', '"body"') for line in LINES] if "text_field" in change else LINES
+    tokenizer = change.get("tokenizer", "char")
+    args = dataclasses.replace(corpus_of(lines, tokenizer), **({} if "tokenizer" in change else change))
+    out, *_ = made(args)
+    assert "beginning anew" in capsys.readouterr().err
+    assert contents(out) == contents(made(dataclasses.replace(args, out="again"))[0])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_an_older_version_continues_as_it_began(corpus_of, tmp_path, monkeypatch, capsys, finished):
+    """It has no hashes of the texts, no fractions of seconds, and no line breaks between its documents."""
+    args = corpus_of(LINES)
+    with monkeypatch.context() as patch:
+        if not finished:
+            stop_after(patch, 2, DataError("no more"))
+        patch.setattr(prepare.inputs, "is_one_text", lambda files: True)
+        with contextlib.nullcontext() if finished else pytest.raises(DataError):
+            prepare.prepare(args)
+    path = tmp_path / "out" / ("dataset.json" if finished else "journal.json")
+    facts = json.loads(path.read_text())
+    del facts["texts"], facts["request"]["line_ends"]
+    for file in facts["request"]["inputs"]:
+        file["modified"] = int(file["modified"])
+    path.write_text(json.dumps(facts))
+    out, tokens, _ = made(args)
+    texts = [json.loads(line)["text"] for line in LINES] + ["the end 0123456789"]
+    assert tokenizers.load(out / "tokenizer.json").decode(tokens) == "".join(texts)
+    assert ("nothing to do" in capsys.readouterr().err) is finished
+    prepare.prepare(args)
+    os.utime(tmp_path / "in" / "b.txt", (1, 1))
+    with pytest.raises(PrepareError, match="from another text"):  # which cannot be told any more
+        prepare.prepare(args)
+
+
+@pytest.mark.parametrize("name", ["journal.json", "dataset.json"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "[" * 100_000, '{"request": {"inputs": 7}}', '{"request": {"inputs": []}, "pieces": "x"}'],
+)
+def test_what_another_program_wrote_is_not_taken_for_ours(corpus_of, tmp_path, name, content):
+    args = corpus_of(LINES)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(content)
+    with pytest.raises(PrepareError, match=rf"not written by jaxgpt prepare \(out/{name}\): delete"):
+        prepare.prepare(args)
+    assert (tmp_path / "out" / name).read_text() == content
+
+
+def test_a_kill_before_the_first_journal_is_there_leaves_a_folder_to_continue_in(corpus_of, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "journal.json.tmp").write_text('{"requ')
+    made(corpus_of(LINES))
 
 
 def test_a_folder_with_something_else_in_it_is_not_touched(play, tmp_path):
@@ -278,3 +503,30 @@ def test_bad_input_is_one_line_and_exit_code_3(tmp_path, capsys, name, content, 
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jaxgpt: error: ")]
     assert len(lines) == 1 and says in lines[0]
     assert not (tmp_path / "out" / "dataset.json").exists()
+
+
+# The screen
+
+
+class ClosedPipe(io.StringIO):
+    """What nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    flush = close = lambda self: self.write("")
+
+
+@pytest.mark.parametrize(
+    "screen",
+    [None, ClosedPipe(), io.TextIOWrapper(io.BytesIO(), "ascii"), io.TextIOWrapper(io.BytesIO(), "cp1252")],
+    ids=["none", "closed", "ascii", "cp1252"],
+)
+def test_a_screen_that_shows_nothing_does_not_stop_the_work(tmp_path, monkeypatch, screen):
+    folder = tmp_path / "文["  # so that its files are markup to rich: [/b]
+    folder.mkdir()
+    (folder / "a]:smile:.txt").write_text("some text")
+    args = PrepareArgs(str(folder / "a]:smile:.txt"), str(folder / "b]"), "char", workers=1)
+    monkeypatch.setattr(sys, "stderr", screen)
+    made(args)
+    made(args)

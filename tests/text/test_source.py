@@ -1,6 +1,8 @@
+import hashlib
 import json
 import math
 import pathlib
+import shutil
 
 import chex
 import numpy as np
@@ -9,12 +11,13 @@ from flax import nnx
 
 import jaxgpt
 from jaxgpt import cli, step
-from jaxgpt.data import DataConfig
+from jaxgpt.data import DataConfig, DataError
 from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.devices.stopping import Stopped
 from jaxgpt.text import source, token_folder
 from jaxgpt.text.prepare import PrepareArgs, prepare
+from jaxgpt.tokenizer import CharTokenizer
 
 
 @pytest.fixture
@@ -127,3 +130,78 @@ def test_another_folder_is_refused_on_evaluation(flags, folder, capsys):
     capsys.readouterr()
     assert cli.main(["eval", "--run", str(run.dir)]) == 3
     assert "0" * 64 in capsys.readouterr().err
+
+
+# What --data.path names
+
+
+@pytest.mark.parametrize("name", ["lang=en", "a=0.5", "a=0.5,b=0.5", "k=v.txt"])
+@pytest.mark.parametrize("tilde", [True, False])
+def test_an_equals_sign_in_the_name_of_a_file_or_folder_that_exists_is_part_of_it(
+    folder, text_file, tmp_path, monkeypatch, name, tilde
+):
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    path = f"~/{name}" if tilde else str(home / name)
+    shutil.copytree(folder, home / name)
+    assert source.open_source(DataConfig(path=path)).sha256 == opened(folder).sha256
+    shutil.rmtree(home / name)
+    shutil.copy(text_file, home / name)
+    assert source.open_source(DataConfig(path=path)).sha256 == hashlib.sha256(text_file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("path", ["lang=en", "lang=en/a.txt", "a=0.5,b", "a=-1", "a=0.5,"])
+def test_a_name_that_is_no_file_and_no_mixture_is_told_with_both_readings(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"no such file or folder, and not a mixture \(.*DIR=WEIGHT,DIR=WEIGHT"):
+        source.open_source(DataConfig(path=path))
+
+
+@pytest.mark.parametrize("path", ["a" * 10_000, "a=" + "b" * 10_000, "a=1," * 10_000, "a=0.5,~/b" * 1000, "文" * 5000])
+def test_a_message_about_a_path_is_short_however_long_the_path_is(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as caught:
+        source.open_source(DataConfig(path=path))
+    assert len(str(caught.value)) < 700
+
+
+# Texts that are too short
+
+
+def short(tmp_path, kind, text):
+    """A source with this text, and its name."""
+    path = tmp_path / "short.txt"
+    path.write_text(text)
+    if kind == "folder":
+        prepare(PrepareArgs(str(path), str(tmp_path / "tokens"), "char", workers=1))
+        path = tmp_path / "tokens"
+    return source.open_source(DataConfig(path=str(path), train_fraction=0.5)), str(path)
+
+
+@pytest.mark.parametrize("kind", ["text", "folder"])
+def test_a_split_that_is_too_short_is_named_with_its_text_and_numbers(tmp_path, kind):
+    found, name = short(tmp_path, kind, "abcdefgh")
+    with pytest.raises(DataError, match=rf"too few tokens for a window.*\({name}, 4 in the train split, 17 needed"):
+        found.split(None, 16)
+
+
+@pytest.mark.parametrize("kind", ["text", "folder"])
+@pytest.mark.parametrize("text", ["ab", "abc", "abcdefgh"])
+def test_a_whole_text_needs_no_splits(tmp_path, kind, text):
+    found, _ = short(tmp_path, kind, text)
+    (tokens,) = found.pieces("all")
+    assert found.tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("kind", ["text", "folder"])
+def test_one_token_is_nothing_to_predict(tmp_path, kind):
+    found, name = short(tmp_path, kind, "a")
+    with pytest.raises(DataError, match=rf"nothing to predict \({name}, 1 token\)"):
+        list(found.pieces("all"))
+
+
+def test_a_character_that_the_tokenizer_lacks_is_named_with_the_text(tmp_path):
+    (tmp_path / "other.txt").write_text("abz")
+    with pytest.raises(DataError, match=r"other.txt\): unknown character 'z'"):
+        source.open_source(DataConfig(path=str(tmp_path / "other.txt")), CharTokenizer("abc"))

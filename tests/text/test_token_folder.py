@@ -2,8 +2,8 @@ import collections
 import hashlib
 import itertools
 import json
-import threading
-import time
+import os
+import shutil
 
 import chex
 import numpy as np
@@ -124,6 +124,24 @@ def remote(tmp_path, monkeypatch):
     return tmp_path / "bucket" / "a"
 
 
+def test_an_equals_sign_in_the_name_of_a_remote_folder_is_part_of_it(remote):
+    remote.rename(remote.with_name("lang=en"))
+    (span,) = token_folder.parse_sources("gs://bucket/lang=en").spans
+    assert span.folder.name == "gs://bucket/lang=en"
+
+
+def test_processes_that_copy_a_folder_at_the_same_time_all_get_it(remote, monkeypatch):
+    """One was faster: its copy is there when ours is complete."""
+    replace = os.replace
+
+    def replace_after_another(source, target):
+        shutil.copytree(source, target)
+        replace(source, target)
+
+    monkeypatch.setattr(token_folder.os, "replace", replace_after_another)
+    assert token_folder.open_token_folder("gs://bucket/a").tokens == 1000
+
+
 def test_a_remote_folder_is_copied_once(remote, tmp_path):
     folder = token_folder.open_token_folder("gs://bucket/a")
     assert folder.path.is_relative_to(tmp_path / "cache") and folder.name == "gs://bucket/a"
@@ -151,9 +169,30 @@ def test_weights_are_normalised(two):
     assert [(span.start, span.stop) for span in two.spans] == [(0, 1000), (0, 3000)]
 
 
-@pytest.mark.parametrize("path", ["a=0,b=1", "a=-1,b=1", "a=nan,b=1", "a=inf,b=1", "a=0.5,b", "a=x"])
+@pytest.mark.parametrize(
+    "path", ["a=0,b=1", "a=-1,b=1", "a=nan,b=1", "a=inf,b=1", "a=0.5,b", "a=x", "=1", "a=", "lang=en/a.txt", "a=1,"]
+)
 def test_a_weight_is_a_positive_number(path):
-    assert path in error_of(token_folder.parse_sources, path)
+    message = error_of(token_folder.parse_sources, path)
+    assert repr(path) in message and "no such file or folder" in message and "DIR=WEIGHT" in message
+
+
+@pytest.mark.parametrize("name", ["lang=en", "a=0.5", "a=0.5,b=0.5", "=1", "a=1,"])
+def test_an_equals_sign_in_the_name_of_a_folder_that_exists_is_part_of_it(tmp_path, monkeypatch, name):
+    path = make_folder(tmp_path / name, np.arange(10, dtype=np.uint16))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for written in (path, f"~/{name}"):
+        (span,) = token_folder.parse_sources(written).spans
+        assert span.folder.path == tmp_path / name
+
+
+def test_a_folder_of_a_mixture_may_have_an_equals_sign_in_its_name_and_a_tilde_before_it(tmp_path, monkeypatch):
+    for name in ("lang=en", "lang=fr"):
+        make_folder(tmp_path / name, np.arange(10, dtype=np.uint16))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    mixture = token_folder.parse_sources("~/lang=en=1,~/lang=fr=3")
+    assert [span.folder.path.name for span in mixture.spans] == ["lang=en", "lang=fr"]
+    assert mixture.weights == (0.25, 0.75)
 
 
 def test_folders_of_different_tokenizers_do_not_mix(tmp_path):
@@ -236,54 +275,3 @@ def test_pieces_in_order_predict_each_token_but_the_first_of_a_span_once(two, si
     targets = np.concatenate([piece[1:] for piece in pieces])
     np.testing.assert_array_equal(targets, [*range(901, 1000), *range(12_701, 13_000)])
     np.testing.assert_array_equal(np.concatenate([piece[:-1] for piece in pieces]), targets - 1)
-
-
-# One ahead
-
-
-def test_the_next_one_is_read_while_the_caller_works_and_no_further():
-    reads, second = [], threading.Event()
-
-    def read(i):
-        reads.append(i)
-        if i == 1:
-            second.set()
-        return i * i
-
-    results = token_folder.prefetched(read, itertools.count())
-    assert next(results) == 0
-    assert second.wait(10)
-    time.sleep(0.05)
-    assert reads == [0, 1]
-    assert list(itertools.islice(results, 3)) == [1, 4, 9]
-    results.close()
-
-
-def test_all_results_come_in_order_and_then_no_more():
-    assert list(token_folder.prefetched(str, range(5))) == list("01234")
-    assert list(token_folder.prefetched(str, [])) == []
-
-
-def test_what_reading_raises_is_raised_in_its_turn():
-    results = token_folder.prefetched(lambda i: 1 // (2 - i), range(5))
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(ZeroDivisionError):
-        next(results)
-
-
-def test_closing_waits_for_no_more_than_the_read_in_flight():
-    gate, threads = threading.Event(), threading.active_count()
-
-    def read(i):
-        if i:
-            gate.wait(10)
-        return i
-
-    results = token_folder.prefetched(read, range(1000))
-    assert next(results) == 0
-    threading.Timer(0.1, gate.set).start()
-    began = time.monotonic()
-    results.close()
-    assert time.monotonic() - began < 5
-    time.sleep(0.2)
-    assert threading.active_count() == threads
