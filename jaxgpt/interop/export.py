@@ -15,13 +15,14 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors.numpy import save_file
 
+from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import ConfigError
 from jaxgpt.devices.sharding import name_of
 from jaxgpt.files.download import DownloadError
 from jaxgpt.init import abstract
 from jaxgpt.interop import gpt2, hf_tokenizer
 from jaxgpt.model import GPT, GPTConfig
-from jaxgpt.runs.directory import Run, load
+from jaxgpt.runs.loading import Run, load
 from jaxgpt.step import params_of
 
 TENSORS, CONFIG, PROGRAM = "model.safetensors", "config.json", "model.stablehlo"
@@ -32,15 +33,18 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 class ExportArgs:
     """Write the model of a run for other programs. The format hf refuses what GPT-2's format cannot represent."""
 
-    run: str
+    run: Path
     """Run directory."""
-    to: str
+    to: Path
     """Folder to create."""
     format: Literal["hf", "safetensors", "stablehlo"] = "hf"
     """hf: for transformers' GPT2LMHeadModel and AutoTokenizer. safetensors: the arrays under jaxgpt's own names.
     stablehlo: these arrays, and an exported program for cpu, cuda and tpu that needs only jax."""
     step: int | None = None
     """Step of the checkpoint; by default the one with the lowest validation loss."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def export(args: ExportArgs) -> list[str]:
@@ -50,12 +54,16 @@ def export(args: ExportArgs) -> list[str]:
         The names of the files.
 
     Raises:
-        ConfigError: the folder exists and is not empty.
+        ConfigError: the folder exists and is not empty, or is not a folder of this machine.
         CheckpointError: the run cannot be loaded.
         FormatError: the format cannot represent the model.
     """
-    target = pathlib.Path(args.to).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if "://" in args.to:
+        raise ConfigError(f"not a local folder (--to, {args.to}): name one, and copy its files from there")
+    target = pathlib.Path(args.to).absolute()
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"not a folder (--to, {args.to}): name another")
+    if target.exists() and any(target.iterdir()):
         raise ConfigError(f"the folder is not empty (--to, {args.to}): name another, or empty it")
     run = load(args.run, args.step)
     write = {"hf": write_huggingface, "safetensors": write_safetensors, "stablehlo": write_stablehlo}[args.format]

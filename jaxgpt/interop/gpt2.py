@@ -15,7 +15,8 @@ import numpy as np
 from jaxgpt.devices.sharding import name_of
 from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.init import abstract
-from jaxgpt.model import LAYER_NORM_EPSILON, GPTConfig
+from jaxgpt.layers import LAYER_NORM_EPSILON
+from jaxgpt.model import GPTConfig
 from jaxgpt.step import params_of
 
 OUTSIDE = {
@@ -44,6 +45,7 @@ IN_BLOCK = {  # query, key and value are the thirds of c_attn, in this order
     "mlp.proj.bias": "mlp.c_proj.bias",
 }
 THIRDS = ("query", "key", "value")
+WRAPPERS = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, a buffer in older files
 # transformers has several names for the tanh form of GELU; nanoGPT has used the erf form since 2023
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
@@ -60,8 +62,8 @@ def table(n_layer: int) -> dict[str, str]:
 
 
 def plain(name: str) -> str:
-    """Strip the prefixes that torch.compile and the enclosing class put before a name."""
-    return name.removeprefix("_orig_mod.").removeprefix("transformer.")
+    """Strip the prefixes that torch.compile, DistributedDataParallel and the enclosing class put before a name."""
+    return WRAPPERS.sub("", name)
 
 
 def shapes(config: GPTConfig) -> dict[str, Any]:
@@ -190,14 +192,14 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
     for name, value in fixed.items():
         if stored.get(name, None if name == "model_type" else value) != value:
             raise CheckpointError(f"not GPT-2 (config.json, {name} {stored.get(name)}): import one with {name} {value}")
-    activation, C = stored.get("activation_function", "gelu_new"), stored.get("n_embd", 768)
-    hidden = stored.get("n_inner") or 4 * C
-    if activation not in ACTIVATIONS or hidden % C:
-        raise CheckpointError(
-            f"not supported (config.json, activation_function {activation}, n_inner {hidden}): import a model with "
-            f"activation_function {', '.join(ACTIVATIONS)} and n_inner a multiple of n_embd {C}"
-        )
     try:
+        activation, C = stored.get("activation_function", "gelu_new"), stored.get("n_embd", 768)
+        hidden = stored.get("n_inner") or 4 * C
+        if activation not in ACTIVATIONS or hidden % C:
+            raise CheckpointError(
+                f"not supported (config.json, activation_function {activation}, n_inner {hidden}): import a model with "
+                f"activation_function {', '.join(ACTIVATIONS)} and n_inner a multiple of n_embd {C}"
+            )
         return GPTConfig(
             vocab_size=vocab_size,
             block_size=stored.get("n_positions", 1024),
@@ -212,7 +214,9 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
             embedding_dropout=stored.get("embd_pdrop", 0.1) > 0,
             init="scaled",
         )
-    except (TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"inconsistent sizes (config.json, {error}): restore the file") from None
 
 
@@ -249,25 +253,27 @@ def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
     }
 
 
-def nanogpt_config(stored: dict[str, Any], vocab_size: int, tied: bool) -> GPTConfig:
+def nanogpt_config(stored: dict[str, Any], vocab_size: int, tied: bool, bias: bool) -> GPTConfig:
     """Convert the `model_args` of nanoGPT's ckpt.pt to a model configuration.
 
     Args:
         stored: the `model_args`.
         vocab_size: number of ids of the tokenizer.
         tied: whether the head shares the token embedding.
+        bias: whether there are biases, for older versions, which did not store this.
 
     Raises:
         CheckpointError: these are not nanoGPT's `model_args`.
     """
     try:
-        sizes = {name: stored[name] for name in ("block_size", "n_layer", "n_head", "n_embd", "dropout")}
+        sizes = {name: stored[name] for name in ("block_size", "n_layer", "n_head", "n_embd")}
         return GPTConfig(
             vocab_size=vocab_size,
             **sizes,
+            dropout=stored.get("dropout", 0.0),
             lm_head="tied" if tied else "linear",
             activation="gelu",
-            bias="all" if stored["bias"] else "none",
+            bias="all" if stored.get("bias", bias) else "none",
             embedding_dropout=True,
             init="scaled",
         )

@@ -3,8 +3,7 @@
 import json
 import pathlib
 
-from jaxgpt import tokenizer as tokenizers
-from jaxgpt.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer, TokenizerError
+from jaxgpt.tokenizer import END_OF_TEXT, CharTokenizer, Tokenizer
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
@@ -30,23 +29,6 @@ def write(folder: pathlib.Path, tokenizer: Tokenizer, block_size: int) -> None:
     if tokenizer.end_of_text is not None:
         config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-
-
-def read(path: pathlib.Path) -> Tokenizer:
-    """Read a tokenizer.json that `write` wrote, or one of GPT-2's byte-level BPE.
-
-    Raises:
-        TokenizerError: this is another kind of tokenizer, or the library tokenizers is not installed.
-    """
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        model = stored.get("model", {})
-        vocabulary = sorted(model.get("vocab", {}), key=model["vocab"].get) if "vocab" in model else []
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise TokenizerError(f"not a tokenizer file ({path}, {error}): save the tokenizer again") from None
-    if vocabulary and stored == _characters("".join(vocabulary)):
-        return CharTokenizer("".join(vocabulary))
-    return tokenizers.load(path)
 
 
 def _characters(alphabet: str) -> dict:

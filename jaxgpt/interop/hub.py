@@ -11,7 +11,14 @@ PINNED = {
     "gpt2-large": "openai-community/gpt2-large@32b71b12589c2f8d625668d2335a01cac3249519",
     "gpt2-xl": "openai-community/gpt2-xl@15ea56dee5df4983c59b2538573817e1667135e2",
 }
-FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+FILES = [
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "vocab.json",
+    "merges.txt",
+]
 NAME = re.compile(r"([\w.-]+/[\w.-]+)@([0-9a-f]{40})")
 
 

@@ -1,31 +1,29 @@
-"""`jaxgpt import`: make a run directory from GPT-2's weights in Hugging Face's files or nanoGPT's ckpt.pt."""
+"""`jaxgpt import`: make a run directory from the weights and the tokenizer of another program."""
 
 import dataclasses
-import json
-import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
 
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import Config, RunConfig, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.sharding import AXES
-from jaxgpt.errors import CheckpointError
 from jaxgpt.files import lock, storage
-from jaxgpt.interop import gpt2, hf_tokenizer, hub
-from jaxgpt.interop.torch_checkpoint import Tensor, TorchFile, unpickle
+from jaxgpt.interop import gpt2, hf_tokenizer
+from jaxgpt.interop.torch_checkpoint import unpickle
+from jaxgpt.interop.weights import Weights, find
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer
 from jaxgpt.runs.directory import TOKENIZER, OtherRunError, open_run
 from jaxgpt.tokenizer import CharTokenizer, Tokenizer, TokenizerError
 
-INDEX, ONE_FILE, PICKLED = "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin"
+PAIR = ("vocab.json", "merges.txt")  # of a tokenizer without a tokenizer.json
+PADDED = 64  # nanoGPT pads a vocabulary to a multiple of this
 GPT2_ROWS = (50257, 50304)  # rows of GPT-2's vocabulary: its ids, and the padded table of nanoGPT
 
 
@@ -33,26 +31,17 @@ GPT2_ROWS = (50257, 50304)  # rows of GPT-2's vocabulary: its ids, and the padde
 class ImportArgs:
     """Make a run directory from GPT-2's weights, to sample from it, evaluate it and continue its training."""
 
-    from_: str
-    """Folder saved by transformers (config.json, model.safetensors, tokenizer.json), nanoGPT's ckpt.pt, or a name on
-    Hugging Face's hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME@COMMIT."""
-    run: str
+    from_: Path
+    """Folder saved by transformers (config.json, model.safetensors, tokenizer.json) or a file of weights in it,
+    nanoGPT's ckpt.pt, or a name on Hugging Face's hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME@COMMIT."""
+    run: Path
     """Run directory to create."""
-    tokenizer: str | None = None
-    """gpt2, a tokenizer.json, or nanoGPT's meta.pkl; by default the tokenizer.json beside the weights, or gpt2 for a
-    ckpt.pt with GPT-2's vocabulary."""
+    tokenizer: Path | None = None
+    """gpt2, a tokenizer.json, a vocab.json with merges.txt beside it, or nanoGPT's meta.pkl; by default the tokenizer
+    beside the weights, or gpt2 for a ckpt.pt with GPT-2's vocabulary."""
 
-
-class Weights(NamedTuple):
-    """The weights of a model in its files; values are read only by `read`."""
-
-    names: dict[str, Any]
-    """GPT-2's name of each tensor -> its location, the argument of `read`."""
-    read: Callable[[Any], np.ndarray]
-    model: Callable[[int], GPTConfig]
-    """Returns the configuration for a number of ids."""
-    transposed: bool
-    folder: pathlib.Path
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Imported(NamedTuple):
@@ -75,20 +64,21 @@ def import_run(args: ImportArgs) -> Imported:
         TokenizerError: there is no tokenizer, or it does not fit the weights.
         DownloadError: the model cannot be downloaded.
     """
+    storage.check_store(args.run)
     target = epath.Path(args.run)
+    if target.exists() and not target.is_dir():
+        raise OtherRunError(f"the run directory is a file (--run, {args.run}): name another")
     if target.exists() and any(target.iterdir()):
         raise OtherRunError(f"the run directory is not empty (--run, {args.run}): name another")
     weights = find(args.from_)
     tokenizer = find_tokenizer(args, weights)
-    rows, ids = weights.read(weights.names["wte.weight"]).shape[0], tokenizer.vocab_size
+    rows, ids = weights.rows, tokenizer.vocab_size
     if rows < ids:
         raise TokenizerError(
             f"the model has {rows} ids, the tokenizer {ids} (--tokenizer): name the model's own tokenizer"
         )
     model = weights.model(ids)
-    params = gpt2.to_params(
-        weights.names, lambda name: weights.read(weights.names[name]), model, transposed=weights.transposed
-    )
+    params = gpt2.to_params(weights.where, weights.read, model, transposed=weights.transposed)
     config = configuration(args.run, model)
     state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer(config.optim).init(params)}
     with lock.hold_lock(args.run, "name another --run"), storage.failures(args.run):
@@ -111,77 +101,6 @@ def configuration(run_dir: str, model: GPTConfig) -> Config:
     )
 
 
-def find(source: str) -> Weights:
-    """Find the weights that `--from` names.
-
-    Raises:
-        CheckpointError: there are no weights of a known format.
-        DownloadError: the model cannot be downloaded.
-    """
-    path = pathlib.Path(source).expanduser()
-    if not path.exists() and hub.is_name(source):
-        path = hub.fetch(source)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return huggingface(path)
-        path = path / "ckpt.pt"  # nanoGPT's out_dir
-    elif path.suffix == ".safetensors" and path.is_file():
-        return huggingface(path.parent)
-    if path.suffix == ".pt" and path.is_file():
-        return nanogpt(path)
-    raise CheckpointError(
-        f"no weights found (--from, {source}): name a folder with config.json and {ONE_FILE}, nanoGPT's ckpt.pt, "
-        f"{', '.join(hub.PINNED)}, or OWNER/NAME@COMMIT on the hub"
-    )
-
-
-def huggingface(folder: pathlib.Path) -> Weights:
-    """Open a folder saved by transformers: one safetensors file, several with an index, or PyTorch's archive.
-
-    Raises:
-        CheckpointError: the files are missing, damaged, or not GPT-2's.
-    """
-    stored = _json(folder / "config.json")
-    if (folder / INDEX).is_file():
-        files = sorted(set(_json(folder / INDEX).get("weight_map", {}).values()))
-    else:
-        files = [ONE_FILE] if (folder / ONE_FILE).is_file() else []
-    try:
-        opened = [safe_open(folder / name, framework="np") for name in files]
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"damaged safetensors ({folder}, {error}): copy the file again") from None
-    where = {gpt2.plain(name): (file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
-
-    def read(found):
-        file, name = found
-        return file.get_tensor(name)
-
-    if not files and (folder / PICKLED).is_file():
-        file = TorchFile(folder / PICKLED)
-        where, read = _state_dict(file.content), file.read
-    elif not files:
-        raise CheckpointError(f"no weights ({folder}): put {ONE_FILE} beside config.json")
-    return Weights(_named(where, folder), read, lambda ids: gpt2.to_config(stored, ids), False, folder)
-
-
-def nanogpt(path: pathlib.Path) -> Weights:
-    """Open nanoGPT's ckpt.pt. The activation is assumed to be nn.GELU, since the file does not name it.
-
-    Raises:
-        CheckpointError: the file is damaged, is not nanoGPT's, or holds more than tensors and plain data.
-
-    Source: github.com/karpathy/nanoGPT, train.py and model.py.
-    """
-    file = TorchFile(path)
-    content = file.content if isinstance(file.content, dict) else {}
-    names, stored = _named(_state_dict(content.get("model")), path), content.get("model_args")
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"no model_args ({path}): import nanoGPT's ckpt.pt")
-    head, embedding = names.get("lm_head.weight"), names["wte.weight"]
-    tied = head is None or head == embedding or np.array_equal(file.read(head), file.read(embedding))
-    return Weights(names, file.read, lambda ids: gpt2.nanogpt_config(stored, ids, tied), True, path.parent)
-
-
 def find_tokenizer(args: ImportArgs, weights: Weights) -> Tokenizer:
     """Find the tokenizer that `--tokenizer` names, or the one that belongs to the weights.
 
@@ -192,45 +111,41 @@ def find_tokenizer(args: ImportArgs, weights: Weights) -> Tokenizer:
     Raises:
         TokenizerError: there is no tokenizer, or it cannot be used.
     """
-    beside, spec = weights.folder / hf_tokenizer.FILE, args.tokenizer
-    if spec is None and beside.is_file():
-        spec = str(beside)
-    rows = weights.read(weights.names["wte.weight"]).shape[0]
-    if spec == "gpt2" or (spec is None and weights.transposed and rows in GPT2_ROWS):
+    spec, beside = args.tokenizer, [weights.folder / name for name in (hf_tokenizer.FILE, *PAIR)]
+    if spec is None and beside[0].is_file():
+        return tokenizers.load(beside[0])
+    if spec is None and all(file.is_file() for file in beside[1:]):
+        return tokenizers.load(beside[1])
+    if spec == "gpt2" or (spec is None and weights.transposed and weights.rows in GPT2_ROWS):
         return tokenizers.gpt2()
-    if spec is None or not pathlib.Path(spec).is_file():
+    if spec is None or not os.path.isfile(spec):
         raise TokenizerError(
             f"no tokenizer ({f'--tokenizer, {spec}' if spec else f'{weights.folder}, no {hf_tokenizer.FILE}'}): "
             "add --tokenizer with gpt2, a tokenizer.json, or nanoGPT's meta.pkl"
         )
-    if spec.endswith(".pkl"):
-        with open(spec, "rb") as file:
-            meta = unpickle(file, spec)
-        try:
-            return CharTokenizer("".join(meta["itos"][i] for i in range(len(meta["itos"]))))
-        except (KeyError, TypeError, ValueError) as error:
-            raise TokenizerError(f"not nanoGPT's meta.pkl (--tokenizer, {spec}, {error}): name that file") from None
-    return hf_tokenizer.read(pathlib.Path(spec))
+    return _alphabet(spec, weights.rows) if spec.endswith(".pkl") else tokenizers.load(spec)
 
 
-def _state_dict(state: Any) -> dict[str, Tensor]:
-    """The tensors of a state_dict, by GPT-2's names."""
-    tensors = state.items() if isinstance(state, dict) else ()
-    return {gpt2.plain(name): tensor for name, tensor in tensors if isinstance(tensor, Tensor)}
-
-
-def _named(names: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
-    if "wte.weight" not in names:
-        raise CheckpointError(f"no GPT-2 weights ({path}): import nanoGPT's ckpt.pt, or a folder saved by transformers")
-    return names
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def _alphabet(spec: str, rows: int) -> CharTokenizer:
+    """Read nanoGPT's meta.pkl, the alphabet of the text that a model with so many rows was trained on."""
+    with open(spec, "rb") as file:
+        meta = unpickle(file, spec)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(stored, dict):
-            return stored
-        error = "not a JSON object"
-    except (OSError, ValueError) as caught:
-        error = caught
-    raise CheckpointError(f"cannot read the file ({path}, {error}): restore it") from None
+        characters = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        tokenizer = CharTokenizer("".join(characters))
+        ids = {character: i for i, character in enumerate(characters)}
+        wrong = [f"{name} is not that of itos" for name, value in (("vocab_size", len(ids)), ("stoi", ids))
+                 if meta.get(name, value) != value]  # fmt: skip
+        wrong += ["itos has texts of several characters"] if any(len(text) != 1 for text in characters) else []
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(f"not nanoGPT's meta.pkl (--tokenizer, {spec}, {error}): name that file") from None
+    if wrong:
+        raise TokenizerError(
+            f"meta.pkl contradicts itself (--tokenizer, {spec}, {', '.join(wrong)}): make it again with prepare.py"
+        )
+    if rows != len(ids) and not (rows % PADDED == 0 and 0 < rows - len(ids) < PADDED):
+        raise TokenizerError(
+            f"meta.pkl has {len(ids)} characters, the weights {rows} ids (--tokenizer, {spec}): name the meta.pkl of "
+            "the text that the model was trained on"
+        )
+    return tokenizer

@@ -1,14 +1,16 @@
 """A reader for PyTorch's files that needs no PyTorch and runs no code from them.
 
 `torch.save` writes a zip archive: one pickle of the whole object, and the bytes of each tensor beside it. A pickle may
-name any function to call. This reader accepts the few names that tensors need, and turns tensors into descriptions. It
-refuses any other name before anything is called.
+name any function to call. This reader accepts the few names that tensors and numbers need, and turns tensors into
+descriptions. A few other names of harmless values, such as a path among the settings, become stand-ins that do nothing.
+Any other name is refused before anything is called.
 """
 
 import collections
 import math
 import pathlib
 import pickle
+import re
 import zipfile
 from typing import Any, NamedTuple
 
@@ -46,10 +48,53 @@ def _describe(storage, offset, shape, strides, *_) -> Tensor:
     return Tensor(*storage, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
+class _NumberType:
+    """A replacement for numpy.dtype, of which only numbers are understood."""
+
+    def __init__(self, name: str, *_):
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        self.order = state[1]
+
+
+def _number(kind: _NumberType, data: bytes) -> Any:
+    """A replacement for NumPy's function that makes a scalar."""
+    dtype = kind.order + kind.name
+    return np.frombuffer(data, dtype)[0].item() if re.fullmatch("[<>=|](b1|[iu][1248]|f[248])", dtype) else _Unused()
+
+
+class _Unused:
+    """A stand-in for a harmless value that no model needs. It takes any arguments and content, and forgets them."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = __init__
+
+
 KNOWN = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _describe,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
     **{("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()},
+    ("_codecs", "encode"): lambda text, *_: text.encode("latin1"),  # how older pickles hold bytes
+    ("numpy", "dtype"): _NumberType,
+    **{(f"numpy.{core}.multiarray", "scalar"): _number for core in ("core", "_core")},
+}
+HARMLESS = {
+    **dict.fromkeys(
+        ("builtins", "__builtin__"),
+        "bool bytearray complex dict float frozenset int list long range set slice str tuple unicode xrange",
+    ),
+    "argparse": "Namespace",
+    "collections": "Counter defaultdict deque",
+    "datetime": "date datetime time timedelta timezone",
+    "numpy": "ndarray",
+    **dict.fromkeys(("numpy.core.multiarray", "numpy._core.multiarray"), "_reconstruct"),
+    **dict.fromkeys(("pathlib", "pathlib._local"), "Path PosixPath PurePosixPath PureWindowsPath WindowsPath"),
+    "torch": "Size bfloat16 bool device float16 float32 float64 int16 int32 int64 int8 uint8",
+    "types": "SimpleNamespace",
 }
 
 
@@ -59,6 +104,8 @@ class _Refused(pickle.UnpicklingError):
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
+        if name in HARMLESS.get(module, "").split():
+            return _Unused
         if (module, name) not in KNOWN:
             raise _Refused(f"{module}.{name}")
         return KNOWN[module, name]
@@ -79,7 +126,7 @@ def unpickle(file, path: str | pathlib.Path) -> Any:
         The plain data, with a `Tensor` in place of each tensor.
 
     Raises:
-        CheckpointError: the pickle is damaged, or holds more than tensors and plain data.
+        CheckpointError: the pickle is damaged, or holds more than tensors, plain data and `HARMLESS` values.
     """
     try:
         return _Unpickler(file).load()
@@ -106,6 +153,8 @@ class TorchFile:
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile:
             raise CheckpointError(f"not PyTorch's zip archive ({path}): {remedy}") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot read the file ({path}, {error.strerror}): restore it") from None
         pickles = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(f"not PyTorch's zip archive ({path}, {len(pickles)} data.pkl): {remedy}")

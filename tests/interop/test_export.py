@@ -121,6 +121,18 @@ def test_a_folder_that_is_there_is_left_alone_and_a_missing_run_is_named(tmp_pat
     assert run_export(tmp_path, "--format", "onnx") == 2
 
 
+@pytest.mark.parametrize("to", ["file", "gs://bucket/out", "https://example.org/out", "file/below"])
+def test_a_target_that_is_no_folder_of_this_machine_is_named_and_nothing_is_written(tmp_path, monkeypatch, capsys, to):
+    make_run(tmp_path / "run", ALPHABET)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", "--run", "run", "--to", to]) in (2, 7)
+    err = capsys.readouterr().err
+    assert to.removesuffix("/below") in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "run", ALPHABET)
     for name in [name for name in sys.modules if name.split(".")[0] == "flatbuffers"] + ["flatbuffers"]:

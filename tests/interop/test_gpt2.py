@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 import foreign  # noqa: E402  needs both
 from meshes import MESHES  # noqa: E402
 from random_run import make_run  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("full_precision")]
 
@@ -101,6 +102,50 @@ def test_a_pytorch_bin_is_read_where_there_is_no_safetensors(tmp_path):
     run = imported(tmp_path / "hf", tmp_path / "run")
     tokens = tokens_for(run.model)
     np.testing.assert_allclose(run.model(tokens), theirs(model, tokens), rtol=0, atol=5e-5)
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 ties weights that differ")
+@pytest.mark.parametrize("stored", ["head differs", "head only", "prefixed and plain", "two files"])
+def test_where_there_are_two_weights_transformers_takes_the_same(stored, tmp_path):
+    folder = foreign.save_gpt2(foreign.gpt2(39), tmp_path / "hf", ALPHABET)
+    tensors = load_file(folder / "model.safetensors")
+    table = tensors["transformer.wte.weight"]
+    if stored == "head only":
+        del tensors["transformer.wte.weight"]
+    if stored in ("head differs", "head only"):
+        tensors["lm_head.weight"] = table.flip(0).contiguous()
+    elif stored == "prefixed and plain":
+        tensors |= {name.removeprefix("transformer."): value.flip(0).contiguous() for name, value in tensors.items()}
+    else:
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "part.safetensors")})
+        )
+        save_file({name: value.flip(0).contiguous() for name, value in tensors.items()}, folder / "part.safetensors")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    run = imported(folder, tmp_path / "run")
+    tokens = tokens_for(run.model)
+    np.testing.assert_allclose(run.model(tokens), theirs(model, tokens), rtol=0, atol=5e-5)
+
+
+def test_what_transformers_makes_of_our_tokenizers_is_read_again(text, tmp_path):
+    for name, tokenizer in {"char": CharTokenizer.from_text(text), "bpe": bpe(text)}.items():
+        make_run(tmp_path / name, tokenizer, **GPT2)
+        folder = str(tmp_path / f"{name}_hf")
+        assert cli.main(["export", "--run", str(tmp_path / name), "--to", folder]) == 0
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+        assert tokenizers.same(imported(folder, tmp_path / f"{name}_again").tokenizer, tokenizer)
+        assert tokenizers.same(tokenizers.for_text(f"{folder}/tokenizer.json", ""), tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "bpe_hf")
+    theirs.add_tokens(["日本", "New York"])
+    theirs.add_special_tokens({"pad_token": "<pad>"})
+    theirs.save_pretrained(tmp_path / "added")
+    ours = tokenizers.load(tmp_path / "added" / "tokenizer.json")
+    text += "日本 New York<pad>York<|endoftext|>日"
+    given = {"add_special_tokens": False}
+    assert ours.encode(text, special_tokens=True).tolist() == theirs.encode(text, **given)
+    assert ours.encode(text).tolist() == theirs.encode(text, split_special_tokens=True, **given)
+    assert ours.decode(ours.encode(text, special_tokens=True)) == text
 
 
 def test_rows_of_padding_are_left_out_on_every_mesh(tmp_path):

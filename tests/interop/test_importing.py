@@ -1,60 +1,31 @@
 """Import without torch or transformers: files written here by the safetensors library and by json."""
 
+import functools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import types
 
+import gpt2_folder
 import numpy as np
 import pytest
 from flax import nnx
+from gpt2_folder import CONFIG
 from safetensors.numpy import save_file
 
 import jaxgpt
 from jaxgpt import cli
-from jaxgpt.interop import gpt2, hf_tokenizer, hub
-from jaxgpt.tokenizer import CharTokenizer
-
-CONFIG = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 7}
-SHAPES = {
-    "transformer.wte.weight": (7, 8),
-    "transformer.wpe.weight": (16, 8),
-    "transformer.ln_f.weight": (8,),
-    "transformer.ln_f.bias": (8,),
-    "transformer.h.0.ln_1.weight": (8,),
-    "transformer.h.0.ln_1.bias": (8,),
-    "transformer.h.0.ln_2.weight": (8,),
-    "transformer.h.0.ln_2.bias": (8,),
-    "transformer.h.0.attn.c_attn.weight": (8, 24),
-    "transformer.h.0.attn.c_attn.bias": (24,),
-    "transformer.h.0.attn.c_proj.weight": (8, 8),
-    "transformer.h.0.attn.c_proj.bias": (8,),
-    "transformer.h.0.mlp.c_fc.weight": (8, 32),
-    "transformer.h.0.mlp.c_fc.bias": (32,),
-    "transformer.h.0.mlp.c_proj.weight": (32, 8),
-    "transformer.h.0.mlp.c_proj.bias": (8,),
-}
+from jaxgpt.interop import gpt2, hub, importing, weights
+from jaxgpt.tokenizer import CharTokenizer, TokenizerError
 
 
 @pytest.fixture
 def hf(tmp_path):
     """A function that writes a GPT-2 folder of 7 ids, with changes, and returns it and its tensors."""
-
-    def write(config=None, tensors=None, alphabet="abcdefg"):
-        folder = tmp_path / "hf"
-        folder.mkdir(exist_ok=True)
-        rng = np.random.default_rng(0)
-        values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
-        values = {name: value for name, value in (values | (tensors or {})).items() if value is not None}
-        save_file(values, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(CONFIG | (config or {})))
-        if alphabet:
-            hf_tokenizer.write(folder, CharTokenizer(alphabet), 16)
-        return folder, values
-
-    return write
+    return functools.partial(gpt2_folder.write, tmp_path / "hf")
 
 
 @pytest.mark.parametrize(
@@ -163,6 +134,79 @@ def test_nanogpt_s_meta_pkl_is_the_alphabet_and_runs_no_code(hf, tmp_path, capsy
     assert code == 4 and "mkdir" in message and not (tmp_path / "made").exists()
 
 
+ALPHABET = "\nabcdef"
+ITOS = dict(enumerate(ALPHABET))
+META = {"vocab_size": 7, "itos": ITOS, "stoi": {c: i for i, c in ITOS.items()}}
+
+
+@pytest.mark.parametrize(
+    "rows, meta, says",
+    [
+        (7, META, None),
+        (64, META, None),  # padded as nanoGPT pads GPT-2's table
+        (7, {"itos": ITOS}, None),
+        (7, {"itos": list(ALPHABET)}, None),
+        (35, META, "meta.pkl has 7 characters, the weights 35 ids"),
+        (128, META, "meta.pkl has 7 characters, the weights 128 ids"),
+        (6, META, "meta.pkl has 7 characters, the weights 6 ids"),
+        (7, META | {"vocab_size": 65}, "vocab_size is not that of itos"),
+        (64, META | {"vocab_size": 64}, "vocab_size is not that of itos"),
+        (7, META | {"stoi": {c: 6 - i for i, c in ITOS.items()}}, "stoi is not that of itos"),
+        (7, META | {"itos": ITOS | {6: "g"}}, "stoi is not that of itos"),
+        (7, {"itos": ITOS | {6: "gh"}}, "texts of several characters"),
+        (7, {"itos": ITOS | {5: "", 6: "ef"}}, "texts of several characters"),
+        (7, {"itos": ITOS | {6: "a"}}, "not nanoGPT's meta.pkl"),
+        (7, {"itos": ITOS | {6: 6}}, "not nanoGPT's meta.pkl"),
+        (7, {"stoi": {}}, "not nanoGPT's meta.pkl"),
+        (7, ["itos"], "not nanoGPT's meta.pkl"),
+    ],
+)
+def test_a_meta_pkl_of_another_text_or_in_two_minds_is_refused(tmp_path, rows, meta, says):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    opened = weights.Weights({"wte.weight": (np.zeros, (rows, 8))}, None, True, tmp_path)
+    args = importing.ImportArgs(from_="ckpt.pt", run="run", tokenizer=str(tmp_path / "meta.pkl"))
+    if says is None:
+        assert importing.find_tokenizer(args, opened).alphabet == ALPHABET
+        return
+    with pytest.raises(TokenizerError, match=rf"{re.escape(says)}.*\): "):
+        importing.find_tokenizer(args, opened)
+
+
+def test_home_folders_are_understood(hf, tmp_path, monkeypatch, capsys):
+    hf()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["import", "--from", "~/hf", "--run", "~/run", "--tokenizer=~/hf/tokenizer.json"]) == 0
+    assert cli.main(["export", "--run", "~/run", "--to", "~/out"]) == 0
+    assert cli.main(["import", "--from=~/out/model.safetensors", "--run=~/again"]) == 0
+    assert {"run", "out", "again"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "flags, code, says",
+    [
+        ({"from": "https://huggingface.co/gpt2"}, 4, "no weights found (--from, https://huggingface.co/gpt2)"),
+        ({"from": "file"}, 4, "no weights found (--from, file)"),
+        ({"from": "file/below"}, 4, "no weights found (--from, file/below)"),
+        ({"from": ""}, 4, "no weights found"),
+        ({"run": "https://example.org/run"}, 2, "not a path (https://example.org/run)"),
+        ({"run": "file"}, 6, "the run directory is a file (--run, file)"),
+        ({"run": "file/below"}, 7, "cannot write (file/below"),
+        ({"tokenizer": "https://example.org/tokenizer.json"}, 2, "no tokenizer (--tokenizer, https"),
+        ({"tokenizer": "hf"}, 2, "no tokenizer (--tokenizer, hf)"),
+        ({"tokenizer": "file"}, 2, "not a tokenizer file (file)"),
+    ],
+)
+def test_a_path_of_another_kind_is_named_and_nothing_is_written(hf, tmp_path, monkeypatch, capsys, flags, code, says):
+    hf()
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    words = [f"--{name}={value}" for name, value in ({"from": "hf", "run": "run"} | flags).items()]
+    found, message = error_of(capsys, cli.main(["import", *words]))
+    assert found == code and says in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
 @pytest.fixture
 def gpt2_run(hf, tmp_path, text):
     """Imported weights with the alphabet of the test's text."""
@@ -177,8 +221,8 @@ def gpt2_run(hf, tmp_path, text):
 def test_an_imported_run_is_sampled_evaluated_and_trained_on(gpt2_run, text_file, tmp_path, capsys):
     assert cli.main(["sample", "--run", str(gpt2_run), "--prompt", "the", "--max_new_tokens", "5"]) == 0
     capsys.readouterr()
-    code, message = error_of(capsys, cli.main(["eval", "--run", str(gpt2_run)]))
-    assert code == 3 and "add --path FILE" in message
+    assert cli.main(["eval", "--run", str(gpt2_run)]) == 3
+    assert "add --path FILE" in capsys.readouterr().err
     assert cli.main(["eval", "--run", str(gpt2_run), "--path", str(text_file)]) == 0
     before = json.loads(capsys.readouterr().out)
     flags = ["--data.path", str(text_file), "--train.steps", "30", "--optim.learning_rate", "1e-2"]

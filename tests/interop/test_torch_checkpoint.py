@@ -1,71 +1,31 @@
-"""PyTorch's archive, written here byte by byte: torch itself need not be installed."""
+"""PyTorch's archive, read without torch."""
 
+import argparse
 import collections
+import datetime
+import functools
 import os
+import pathlib
 import pickle
-import sys
-import types
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
+import torch_archive
+from torch_archive import Stored
 
+import jaxgpt
+from jaxgpt import cli
 from jaxgpt.errors import CheckpointError
-from jaxgpt.interop.torch_checkpoint import TorchFile
-
-
-class Stored:
-    """Pickled as PyTorch pickles a tensor: a call of _rebuild_tensor_v2 with a persistent id."""
-
-    def __init__(self, kind, key, shape, strides, offset=0):
-        self.kind, self.key, self.args = kind, key, (offset, shape, strides, False, collections.OrderedDict())
+from jaxgpt.interop.torch_checkpoint import TorchFile, _Unused
+from jaxgpt.tokenizer import CharTokenizer
 
 
 @pytest.fixture
-def write(tmp_path, monkeypatch):
+def write(tmp_path):
     """A function that writes an archive of some content and storages."""
-    fake = {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
-    kinds = {}
-    for name in ("FloatStorage", "HalfStorage", "BFloat16Storage", "LongStorage"):
-        kinds[name] = type(name, (), {"__module__": "torch"})
-        setattr(fake["torch"], name, kinds[name])
-
-    def _rebuild_tensor_v2():
-        raise AssertionError
-
-    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
-    fake["torch._utils"]._rebuild_tensor_v2 = _rebuild_tensor_v2
-
-    class Storage:
-        def __init__(self, stored):
-            self.stored = stored
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value):
-            if isinstance(value, Storage):
-                return ("storage", kinds[value.stored.kind], value.stored.key, "cuda:0", 0)
-            return None
-
-        def reducer_override(self, value):
-            if isinstance(value, Stored):
-                return _rebuild_tensor_v2, (Storage(value), *value.args)
-            return NotImplemented
-
-    def write(content, storages=(), folder="archive", byteorder=b"little"):
-        path = tmp_path / "ckpt.pt"
-        with monkeypatch.context() as patch:
-            for name, module in fake.items():
-                patch.setitem(sys.modules, name, module)
-            with zipfile.ZipFile(path, "w") as archive:
-                with archive.open(f"{folder}/data.pkl", "w") as file:
-                    Pickler(file, protocol=2).dump(content)
-                archive.writestr(f"{folder}/byteorder", byteorder)
-                for key, values in dict(storages).items():
-                    archive.writestr(f"{folder}/data/{key}", values.tobytes())
-        return path
-
-    return write
+    return functools.partial(torch_archive.write, tmp_path / "ckpt.pt")
 
 
 def test_tensors_of_every_kind_come_back_with_their_shape_and_order(write):
@@ -147,3 +107,113 @@ def test_a_missing_or_changed_storage_is_damage(write):
     file = TorchFile(path)
     with pytest.raises(CheckpointError, match="damaged file"):
         file.read(file.content[0])
+
+
+# nanoGPT's ckpt.pt
+
+ARGS = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 8, "dropout": 0.1, "bias": True, "vocab_size": 7}
+SHAPES = {
+    "wte.weight": (7, 8), "wpe.weight": (16, 8), "ln_f.weight": (8,), "ln_f.bias": (8,),
+    "h.0.ln_1.weight": (8,), "h.0.ln_1.bias": (8,), "h.0.ln_2.weight": (8,), "h.0.ln_2.bias": (8,),
+    "h.0.attn.c_attn.weight": (24, 8), "h.0.attn.c_attn.bias": (24,),
+    "h.0.attn.c_proj.weight": (8, 8), "h.0.attn.c_proj.bias": (8,),
+    "h.0.mlp.c_fc.weight": (32, 8), "h.0.mlp.c_fc.bias": (32,),
+    "h.0.mlp.c_proj.weight": (8, 32), "h.0.mlp.c_proj.bias": (8,),
+}  # fmt: skip
+
+
+def nanogpt_arrays(bias=True):
+    rng = np.random.default_rng(0)
+    arrays = {f"transformer.{name}": rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
+    arrays["lm_head.weight"] = arrays["transformer.wte.weight"]
+    return {name: array for name, array in arrays.items() if bias or not name.endswith(".bias")}
+
+
+def import_nanogpt(tmp_path, source="ckpt.pt"):
+    CharTokenizer("abcdefg").save(tmp_path / "abc.json")
+    flags = [
+        "--from",
+        str(tmp_path / source),
+        "--run",
+        str(tmp_path / "run"),
+        "--tokenizer",
+        str(tmp_path / "abc.json"),
+    ]
+    return cli.main(["import", *flags])
+
+
+VARIANTS = {
+    "today's": ("", {}),
+    "compiled": ("_orig_mod.", {}),
+    "DDP": ("module.", {}),
+    "compiled, DDP": ("module._orig_mod.", {}),
+    "DDP, compiled": ("_orig_mod.module.", {}),
+    "older, without bias": ("", {"bias": None}),
+    "numbers of NumPy": ("", {"n_layer": np.int64(1), "n_embd": np.int32(8), "dropout": np.float32(0.5)}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_wrapping_of_nanogpt_s_model_is_the_same_model(variant, tmp_path):
+    prefix, changes = VARIANTS[variant]
+    arrays = nanogpt_arrays()
+    args = {name: value for name, value in (ARGS | changes).items() if value is not None}
+    named = {prefix + name: array for name, array in arrays.items()}
+    torch_archive.write_nanogpt(tmp_path / "ckpt.pt", named, args)
+    assert import_nanogpt(tmp_path) == 0
+    model = jaxgpt.load(tmp_path / "run").model
+    assert (model.config.bias, model.config.lm_head, model.config.n_layer) == ("all", "tied", 1)
+    assert model.config.dropout == changes.get("dropout", np.float64(0.1))
+    block = model.blocks[0]
+    expected = arrays["transformer.h.0.mlp.c_fc.weight"].T
+    np.testing.assert_array_equal(block.mlp.fc.kernel[...], expected)
+    np.testing.assert_array_equal(block.mlp.fc.bias[...], arrays["transformer.h.0.mlp.c_fc.bias"])
+
+
+def test_a_model_without_biases_is_still_one_where_the_arguments_do_not_say_so(tmp_path):
+    args = {name: value for name, value in ARGS.items() if name != "bias"}
+    torch_archive.write_nanogpt(tmp_path / "ckpt.pt", nanogpt_arrays(bias=False), args)
+    assert import_nanogpt(tmp_path, ".") == 0  # the folder, nanoGPT's out_dir
+    assert jaxgpt.load(tmp_path / "run").model.config.bias == "none"
+
+
+HARMLESS = [
+    pathlib.PurePosixPath("out"), pathlib.Path("out"), argparse.Namespace(lr=1e-3), {1, 2}, frozenset("ab"), 1j, b"raw",
+    bytearray(b"raw"), range(3), collections.defaultdict(int, a=1), collections.Counter("aab"), collections.deque([1]),
+    datetime.datetime(2024, 1, 2), datetime.timedelta(1), np.float64(1.5), np.bool_(True), np.str_("a"), np.arange(3),
+    np.random.default_rng(0).bit_generator.state, np.dtype("float32"), float, slice(1, 2),
+    np.datetime64("2024-01-01"), np.array(["a"], object),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HARMLESS, ids=lambda value: type(value).__name__)
+def test_a_harmless_value_is_read_as_a_number_or_as_nothing(value, write):
+    (found,) = TorchFile(write([value])).content
+    if isinstance(value, np.float64 | np.bool_ | bytes):
+        assert found == value and type(found) in (float, bool, bytes)
+    elif not isinstance(value, dict | np.dtype):
+        assert isinstance(found, _Unused) or found is _Unused
+
+
+def test_harmless_values_among_the_settings_are_no_obstacle(tmp_path):
+    extra = {"config": {"values": HARMLESS}, "device": torch_archive.in_torch("device", "torch")}
+    torch_archive.write_nanogpt(tmp_path / "ckpt.pt", nanogpt_arrays(), ARGS, **extra)
+    assert import_nanogpt(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"args": {"n_layer": 2}}, "12 missing"),
+        ({"args": {"n_head": 3}}, "n_head 3"),
+        ({"args": {"bias": False}}, "unexpected"),
+        ({"args": {"n_embd": "8"}}, "n_embd"),
+        ({"extra": {"transformer.h.0.attn.rope": np.ones(4)}}, "1 unexpected: h.0.attn.rope"),
+        ({"extra": {"transformer.wpe.weight": np.ones((8, 8))}}, "wpe.weight, (8, 8)"),
+    ],
+)
+def test_what_changes_the_computation_stays_refused(change, says, tmp_path, capsys):
+    arrays = nanogpt_arrays() | change.get("extra", {})
+    torch_archive.write_nanogpt(tmp_path / "ckpt.pt", arrays, ARGS | change.get("args", {}))
+    assert import_nanogpt(tmp_path) == 4
+    assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
