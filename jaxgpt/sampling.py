@@ -2,19 +2,21 @@
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxgpt.checks import as_array, check_integers, check_key, check_number, check_range
 from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
 
 NOISE = 1 << 26  # maximum number of random values drawn at a time
+LOOK = 64  # tokens after which `generate` looks whether all rows have had their stop token
 
 
 class Rule(NamedTuple):
@@ -40,16 +42,14 @@ def make_rule(temperature: float = 1.0, top_k: int | None = None, top_p: float |
         The rule, with numbers clipped to the range of their dtypes.
 
     Raises:
-        ValueError: a number is out of its range.
+        ArgumentError: a number is out of its range.
     """
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ArgumentError(
-            f"temperature is {temperature}: use a finite number, 0 (always the most likely token) or above"
-        )
-    if top_k is not None and operator.index(top_k) < 1:
-        raise ArgumentError(f"top_k is {top_k}: use 1 or more tokens")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ArgumentError(f"top_p is {top_p}: use a probability above 0 and up to 1")
+    zero_or_more = "use a finite number, 0 (always the most likely token) or above"
+    check_number("temperature", temperature, lambda t: math.isfinite(t) and t >= 0, zero_or_more)
+    if top_k is not None:
+        check_number("top_k", top_k, lambda k: operator.index(k) >= 1, "use a whole number of tokens, 1 or more")
+    if top_p is not None:
+        check_number("top_p", top_p, lambda p: 0 < p <= 1, "use a probability above 0 and up to 1")
     return Rule(
         np.float32(min(temperature, float(np.finfo(np.float32).max))),
         None if top_k is None else np.int32(min(top_k, np.iinfo(np.int32).max)),
@@ -120,7 +120,7 @@ def _empty(model: GPT, rows: int) -> Cache:
 
 @jax.jit
 def _prefill(model: GPT, window: jax.Array, length: jax.Array) -> Cache:
-    """The cache of the first `length` tokens of a padded (B, T) window.
+    """The cache of the first `length` tokens of a padded (B, T) window; `length` is () or, per row, (B,).
 
     The padding is never attended to: attention is causal, and decoding overwrites it.
     """
@@ -129,13 +129,25 @@ def _prefill(model: GPT, window: jax.Array, length: jax.Array) -> Cache:
     return Cache(jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), length)
 
 
+def _hidden(model: GPT, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """`model.hidden` of one more token per row, (B,), after a cache whose length is () or, per row, (B,)."""
+    if jnp.ndim(cache.length) == 0:
+        return model.hidden(token[:, None], cache)
+    rows = len(token)
+    by_row = jax.tree.map(lambda a: a.reshape(rows, -1, *a.shape[1:]), cache.layers)
+    x, grown = jax.vmap(lambda token, *cache: model.hidden(token[None, None], Cache(*cache)))(
+        token, by_row, cache.length
+    )
+    return x[:, 0], Cache(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), grown.layers), grown.length)
+
+
 @partial(jax.jit, static_argnames="n")
 def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first: jax.Array, n: int):
     """Decode (B, n) new tokens, from number `first` on, into the cache; also return the last one and the cache."""
 
     def step(carry, noise):
         token, cache = carry
-        x, cache = model.hidden(token[:, None], cache)
+        x, cache = _hidden(model, token, cache)
         token = sample(model.logits(x)[:, 0], noise, rule)
         return (token, cache), token
 
@@ -173,6 +185,133 @@ def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax
     return tokens.T, window
 
 
+@partial(jax.jit, static_argnames="n")
+def _slide_rows(model: GPT, window: tuple[jax.Array, jax.Array], key: jax.Array, rule: Rule, first: jax.Array, n: int):
+    """`_slide` for rows of different lengths: `window` is (B, block_size) tokens, and how many of each row count, (B,).
+
+    A row fills its window before it slides.
+    """
+
+    def step(carry, noise):
+        window, length = carry
+        x, _ = model.hidden(window)
+        last = jnp.take_along_axis(x, (length - 1)[:, None, None], axis=1)
+        token = sample(model.logits(last)[:, 0], noise, rule)
+        full = length == window.shape[1]
+        window = jnp.where(full[:, None], jnp.roll(window, -1, axis=1), window)
+        length = jnp.where(full, length, length + 1)
+        here = jnp.arange(window.shape[1]) == (length - 1)[:, None]
+        return (jnp.where(here, token[:, None], window), length), token
+
+    window, tokens = jax.lax.scan(step, window, _noise(key, first, n, len(window[0]), model))
+    return tokens.T, window
+
+
+def _join(prompt: jax.Array, new: list[jax.Array], lengths: jax.Array | None) -> jax.Array:
+    """Each row's prompt, its new tokens, then its padding: (B, T) and N new tokens -> (B, T + N) int32."""
+    joined = jnp.concatenate([jnp.asarray(prompt, jnp.int32), *new], axis=1)
+    if lengths is None:
+        return joined
+    T = prompt.shape[1]
+    place = jnp.arange(joined.shape[1])
+    order = jnp.where(place >= T, 1, jnp.where(place < jnp.asarray(lengths)[:, None], 0, 2))
+    return jnp.take_along_axis(joined, jnp.argsort(order, axis=1), axis=1)  # a stable sort
+
+
+def _pieces(model, prompt, key, max_new_tokens, rule, lengths, chunk) -> Iterator[jax.Array]:
+    """The new tokens of `stream`, as if there were no stop tokens."""
+    block_size = model.config.block_size
+    prompt = jnp.asarray(prompt, jnp.int32)
+    window, token, cached = prompt[:, -block_size:], prompt[:, -1], min(prompt.shape[1], block_size) - 1
+    length = np.int32(cached)  # tokens in the cache; decoding starts with the last one of the prompt
+    if lengths is not None:
+        # padding may be no id of the vocabulary, and the table's NaN would get into the cache
+        prompt = jnp.where(jnp.arange(prompt.shape[1]) < lengths[:, None], prompt, 0)
+        window, length = prompt[:, :block_size], lengths - 1
+        token = jnp.take_along_axis(prompt, length[:, None], axis=1)[:, 0]
+    rows = len(window)
+    room = block_size - cached if cached < block_size - 1 else 0  # a full window slides from the start
+    if room and cached:
+        width = min(block_size, 1 << (cached - 1).bit_length())  # powers of two, for few compilations
+        cache = _prefill(model, jnp.pad(window[:, :-1], ((0, 0), (0, width - cached))), length)
+    elif room:
+        cache = _empty(model, rows)
+    new, done, limit = [], 0, max(NOISE // (rows * model.config.vocab_size), 1)
+    while done < max_new_tokens and room:
+        n = min(chunk, limit, max_new_tokens - done, room)
+        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), n)
+        new.append(tokens)
+        done, room = done + n, room - n
+        yield tokens
+    if done == max_new_tokens:
+        return
+    text, slide = _join(prompt, new, lengths), _slide
+    window = text[:, -block_size:]
+    if lengths is not None:
+        first = jnp.maximum(lengths + done - block_size, 0)
+        window = jnp.take_along_axis(text, first[:, None] + jnp.arange(block_size), axis=1)
+        window, slide = (window, jnp.minimum(lengths + done, block_size)), _slide_rows
+    while done < max_new_tokens:
+        n = min(chunk, limit, max_new_tokens - done)
+        tokens, window = slide(model, window, key, rule, np.int32(done), n)
+        done += n
+        yield tokens
+
+
+@jax.jit
+def _fill(last: jax.Array, new: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Repeat the first stop token of each row in (B, n) new tokens, the `last` (B,) of which came before.
+
+    Also return the new last tokens, which are stop tokens in the rows that have ended, and whether all have.
+    """
+    seen = jnp.concatenate([last[:, None], new], axis=1)
+    found = jnp.isin(seen, stop)
+    filler = jnp.take_along_axis(seen, jnp.argmax(found, axis=1)[:, None], axis=1)
+    ended = jnp.cumsum(found, axis=1) > 0
+    seen = jnp.where(ended, filler, seen)
+    return seen[:, 1:], seen[:, -1], ended[:, -1].all()
+
+
+def _until_stop(pieces: Iterable[jax.Array], rows: int, stop: jax.Array) -> Iterator[jax.Array]:
+    """The pieces, in which each row repeats its first stop token, up to the one in which the last row ends."""
+    last = jnp.full(rows, -1, jnp.int32)  # a stop token in the prompt is none
+    for piece in pieces:
+        new, last, ended = _fill(last, piece, stop)
+        yield new
+        if not isinstance(ended, jax.core.Tracer) and ended:
+            return
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, GPT):
+        remedy = "its .model" if isinstance(getattr(model, "model", None), GPT) else "a jaxgpt.GPT"
+        raise ArgumentError(f"model is of type {type(model).__name__}: use {remedy}")
+
+
+def _check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> jax.Array | None:
+    """Check the prompt and its lengths; return the lengths as (B,) int32."""
+    ids = check_integers("prompt", prompt, ("B", "T"), "such as tokenizer.encode(text)[None]")
+    if lengths is not None:
+        lengths, (B, T) = as_array(lengths), prompt.shape
+        values = check_integers("lengths", lengths, (B,), "one for each row of the prompt")
+        check_range("lengths", values, 1, T)
+        lengths = jnp.asarray(lengths, jnp.int32)
+        known = ids is not None and values is not None
+        ids = ids[np.arange(T) < values[:, None]] if known else None  # padding may be anything
+    check_range("prompt", ids, 0, vocab_size - 1)
+    return lengths
+
+
+def _check_stop(stop: Any, vocab_size: int) -> jax.Array | np.ndarray | None:
+    """Check the stop tokens; return them as (K,) integers, or None if there are none."""
+    ids = as_array(stop)
+    if ids is None or getattr(ids, "size", 1) == 0:
+        return None
+    ids = ids[None] if getattr(ids, "shape", None) == () else ids
+    check_range("stop", check_integers("stop", ids, ("K",), "such as [tokenizer.end_of_text]"), 0, vocab_size - 1)
+    return ids
+
+
 def stream(
     model: GPT,
     prompt: jax.Array,
@@ -182,60 +321,32 @@ def stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    lengths: jax.Array | None = None,
+    stop: int | Sequence[int] | None = None,
     chunk: int = 16,
 ) -> Iterator[jax.Array]:
-    """Generate like `generate`, but yield the new tokens as soon as they are there.
+    """Generate like `generate`, but return the new tokens in pieces, as soon as they are there.
 
     Args:
-        model: as for `generate`.
-        prompt: as for `generate`.
-        key: as for `generate`.
-        max_new_tokens: as for `generate`.
-        temperature: as for `generate`.
-        top_k: as for `generate`.
-        top_p: as for `generate`.
+        model, prompt, key, max_new_tokens, temperature, top_k, top_p, lengths: as for `generate`.
+        stop: as for `generate`; no piece follows the one in which the last row ends.
         chunk: maximum number of tokens per piece.
 
-    Yields:
-        (B, n) int32, n from 1 to chunk.
+    Returns:
+        An iterator of (B, n) int32, n from 1 to chunk. Nothing is computed before it is asked for.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument has a wrong type or shape, or is out of its range.
     """
-    config, rule = model.config, make_rule(temperature, top_k, top_p)
-    chex.assert_rank(prompt, 2)
-    chex.assert_type(prompt, int)
-    if prompt.shape[1] == 0:
-        raise ArgumentError("the prompt is empty: give at least one token, a line break for instance")
-    if max_new_tokens < 1:
-        raise ArgumentError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
-    if not isinstance(prompt, jax.core.Tracer) and not (0 <= prompt.min() and prompt.max() < config.vocab_size):
-        raise ArgumentError(
-            f"a token of the prompt is not in the vocabulary: use ids from 0 to {config.vocab_size - 1}"
-        )
-
-    window, token = (jnp.asarray(part, jnp.int32) for part in (prompt[:, -config.block_size :], prompt[:, -1]))
-    rows, cached = len(window), window.shape[1] - 1  # decoding starts with the last token
-    room = config.block_size - cached if cached < config.block_size - 1 else 0  # a full window slides from the start
-    if room and cached:
-        width = min(config.block_size, 1 << (cached - 1).bit_length())  # powers of two, for few compilations
-        cache = _prefill(model, jnp.pad(window[:, :-1], ((0, 0), (0, width - cached))), np.int32(cached))
-    elif room:
-        cache = _empty(model, rows)
-    pieces, done, limit = [window], 0, max(NOISE // (rows * config.vocab_size), 1)
-    while done < max_new_tokens and room:
-        n = min(chunk, limit, max_new_tokens - done, room)
-        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), n)
-        pieces.append(tokens)
-        done, room = done + n, room - n
-        yield tokens
-    if done < max_new_tokens:
-        window = jnp.concatenate(pieces, axis=1)[:, -config.block_size :]
-    while done < max_new_tokens:
-        n = min(chunk, limit, max_new_tokens - done)
-        tokens, window = _slide(model, window, key, rule, np.int32(done), n)
-        done += n
-        yield tokens
+    _check_model(model)
+    vocab_size, rule = model.config.vocab_size, make_rule(temperature, top_k, top_p)
+    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
+        remedy = "use a whole number, 1 or more, which is static under jax.jit"
+        check_number(name, value, lambda n: operator.index(n) >= 1, remedy)
+    lengths = _check_prompt(prompt, lengths, vocab_size)
+    stop, key = _check_stop(stop, vocab_size), check_key(key)
+    pieces = _pieces(model, prompt, key, operator.index(max_new_tokens), rule, lengths, operator.index(chunk))
+    return pieces if stop is None else _until_stop(pieces, len(prompt), stop)
 
 
 def generate(
@@ -247,6 +358,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    lengths: jax.Array | None = None,
+    stop: int | Sequence[int] | None = None,
 ) -> jax.Array:
     """Continue each prompt by max_new_tokens tokens.
 
@@ -258,13 +371,19 @@ def generate(
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draw only from the k most likely tokens.
         top_p: draw only from the smallest set of most likely tokens whose probabilities sum to p or more.
+        lengths: (B,) integers from 1 to T, the number of tokens of each prompt; what follows them is padding, which may
+            be any integers. None = T each.
+        stop: token ids; after the first of them among its new tokens, a row is filled with it. None never stops.
 
     Returns:
-        (B, T + N) int32, each prompt followed by its new tokens.
+        (B, T + N) int32, each prompt followed by its new tokens; a shorter prompt's padding comes last, unchanged.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ArgumentError: an argument has a wrong type or shape, or is out of its range.
     """
-    rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    new = stream(model, prompt, key, max_new_tokens, **rules, chunk=max_new_tokens)
-    return jnp.concatenate([jnp.asarray(prompt, jnp.int32), *new], axis=1)
+    rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "lengths": lengths, "stop": stop}
+    looks = stop is not None and not isinstance(prompt, jax.core.Tracer)
+    new = list(stream(model, prompt, key, max_new_tokens, **rules, chunk=LOOK if looks else max_new_tokens))
+    if missing := max_new_tokens - sum(piece.shape[1] for piece in new):
+        new.append(jnp.repeat(new[-1][:, -1:], missing, axis=1))  # all rows have ended
+    return _join(prompt, new, lengths)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt import sampling
+from jaxgpt.errors import ArgumentError
 from jaxgpt.init import init_model
 from jaxgpt.model import GPTConfig
 from jaxgpt.sampling import filter_logits, generate, make_rule, sample, stream
@@ -136,36 +137,186 @@ def test_top_k_beyond_the_vocabulary_keeps_all():
     np.testing.assert_array_equal(filter_logits(logits, make_rule(top_k=10**12)), logits)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"temperature": -0.1},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"top_p": float("nan")},
-        {"max_new_tokens": 0},
-    ],
-)
-def test_numbers_out_of_range_are_named(arguments):
-    with pytest.raises(ValueError, match=f"^{next(iter(arguments))} is"):
-        generate(MODEL, jnp.zeros((1, 1), jnp.int32), jax.random.key(0), **{"max_new_tokens": 3, **arguments})
+def alone(row, n):
+    """The n likeliest next tokens, one by one, without a cache, a batch or padding that counts."""
+    row, block_size = list(row), MODEL.config.block_size
+    for _ in range(n):
+        window = row[-block_size:]
+        padded = np.array([window + [0] * (block_size - len(window))])
+        row.append(int(np.argmax(lecture_logits(MODEL, padded, len(window) - 1))))
+    return row
 
 
-@pytest.mark.parametrize(
-    "prompt, message", [(np.zeros((1, 0), int), "empty"), ([[65]], "0 to 64"), ([[-1]], "0 to 64")]
-)
-def test_prompts_that_the_model_cannot_read_are_refused(prompt, message):
-    with pytest.raises(ValueError, match=message):
-        generate(MODEL, jnp.asarray(prompt, jnp.int32), jax.random.key(0), 3)
+# width of the prompts and number of new tokens: within the window of 8, up to its end, past it, and longer than it
+SHAPES = [(5, 3), (4, 5), (6, 9), (13, 7)]
 
 
-def test_shapes_are_asserted_at_entry():
-    with pytest.raises(AssertionError):
-        generate(MODEL, jnp.zeros(3, jnp.int32), jax.random.key(0), 3)
-    with pytest.raises(AssertionError):
-        generate(MODEL, jnp.zeros((1, 3)), jax.random.key(0), 3)
+def padded_prompts(T, padding):
+    """Four prompts of at most T tokens, with padding, and their lengths."""
+    draw = np.random.default_rng(T)
+    lengths = np.array([1, T, *draw.integers(1, T + 1, 2)], np.int32)
+    prompt = draw.integers(0, 65, (4, T), dtype=np.int32)
+    return np.where(np.arange(T) < lengths[:, None], prompt, padding), lengths
+
+
+@pytest.mark.parametrize("T, n", SHAPES)
+@pytest.mark.parametrize("padding", [0, -1, 99])  # what follows a prompt need not be in the vocabulary
+def test_a_padded_row_is_what_it_would_be_alone_and_its_padding_comes_last(T, n, padding):
+    prompt, lengths = padded_prompts(T, padding)
+    out = np.asarray(generate(MODEL, prompt, jax.random.key(0), n, temperature=0, lengths=lengths))
+    for b, length in enumerate(lengths):
+        assert out[b].tolist() == alone(prompt[b, :length], n) + [padding] * (T - length)
+
+
+@pytest.mark.parametrize("T, n", SHAPES)
+def test_a_padded_row_draws_what_that_row_of_an_unpadded_batch_draws(T, n):
+    prompt, lengths = padded_prompts(T, 7)
+    key, rule = jax.random.key(3), {"temperature": 0.8, "top_k": 20}
+    out = np.asarray(generate(MODEL, prompt, key, n, **rule, lengths=lengths))
+    for b, length in enumerate(lengths):
+        batch = np.tile(prompt[b, :length], (4, 1))
+        expected = lecture_generate(MODEL, batch, key, n, make_rule(**rule))
+        np.testing.assert_array_equal(out[b, : length + n], expected[b])
+
+
+def cut(new, stop):
+    """Each row up to its first stop token, which fills the rest."""
+    rows = []
+    for row in np.asarray(new).tolist():
+        first = next((i for i, token in enumerate(row) if token in stop), len(row) - 1)
+        rows.append(row[:first] + [row[first]] * (len(row) - first))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("stop", [(), (0,), range(20), (33, 2, 2), range(65)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_after_its_first_stop_token_a_row_is_filled_with_it(stop, padded):
+    prompt, lengths = padded_prompts(6, 64)
+    if not padded:
+        lengths = np.full(4, 6)
+    prompt[np.arange(4), lengths - 1] = 0  # a stop token in a prompt stops nothing
+    key, n, more = jax.random.key(1), 90, {"lengths": lengths} if padded else {}
+    expected = np.array(generate(MODEL, prompt, key, n, **more))
+    new = lengths[:, None] + np.arange(n)  # columns
+    filled = cut(np.take_along_axis(expected, new, axis=1), stop)
+    np.put_along_axis(expected, new, filled, axis=1)
+    np.testing.assert_array_equal(generate(MODEL, prompt, key, n, **more, stop=stop), expected)
+
+    pieces = list(stream(MODEL, prompt, key, n, **more, stop=stop))
+    streamed = np.concatenate(pieces, axis=1)
+    np.testing.assert_array_equal(streamed, filled[:, : streamed.shape[1]])
+    found = np.isin(filled, list(stop))
+    last = max(np.where(found.any(axis=1), found.argmax(axis=1), n - 1))  # when the last row ends
+    assert streamed.shape[1] - pieces[-1].shape[1] <= last < streamed.shape[1], "no piece too few, and none too many"
+
+
+def test_one_stop_token_needs_no_sequence_and_none_never_stops():
+    prompt, key = jnp.zeros((2, 1), jnp.int32), jax.random.key(0)
+    whole = generate(MODEL, prompt, key, 12)
+    np.testing.assert_array_equal(generate(MODEL, prompt, key, 12, stop=None), whole)
+    for stop in (np.int32(whole[0, 5]), int(whole[0, 5])):
+        np.testing.assert_array_equal(generate(MODEL, prompt, key, 12, stop=stop)[:, 1:], cut(whole[:, 1:], [stop]))
+
+
+def test_generate_can_be_compiled_as_a_whole():
+    prompt, lengths = padded_prompts(6, 1)
+    key, stop = jax.random.key(1), jnp.array([3, 4])
+
+    def all_of(model, prompt, key, lengths, stop):
+        return generate(model, prompt, key, 9, temperature=0.8, lengths=lengths, stop=stop)
+
+    np.testing.assert_array_equal(
+        jax.jit(all_of)(MODEL, prompt, key, lengths, stop), all_of(MODEL, prompt, key, lengths, stop)
+    )
+    np.testing.assert_array_equal(
+        jax.jit(generate, static_argnums=3)(MODEL, prompt, key, 9), generate(MODEL, prompt, key, 9)
+    )
+
+
+def test_keys_in_the_old_form_draw_the_same():
+    prompt = jnp.zeros((2, 1), jnp.int32)
+    np.testing.assert_array_equal(
+        generate(MODEL, prompt, jax.random.PRNGKey(5), 9), generate(MODEL, prompt, jax.random.key(5), 9)
+    )
+
+
+class LoadedRun:
+    """Stands for jaxgpt.Run, which has its model as an attribute."""
+
+    model = MODEL
+
+
+GOOD = np.array([[1, 2, 3], [4, 5, 6]], np.int32)
+MISTAKES = [
+    ({"model": MODEL.config}, ["GPTConfig", "jaxgpt.GPT"]),
+    ({"model": LoadedRun()}, ["LoadedRun", ".model"]),
+    ({"model": None}, ["NoneType"]),
+    ({"prompt": GOOD[0]}, ["(3,)", "(B, T)", "[None]"]),
+    ({"prompt": jnp.asarray(GOOD)[0]}, ["(3,)", "(B, T)"]),
+    ({"prompt": GOOD[None]}, ["(1, 2, 3)", "(B, T)"]),
+    ({"prompt": GOOD.tolist()}, ["list", "(2, 3)", "array"]),
+    ({"prompt": [[1], [2, 3]]}, ["list", "array"]),
+    ({"prompt": "ROMEO:"}, ["str", "encode"]),
+    ({"prompt": None}, ["NoneType", "encode"]),
+    ({"prompt": 5}, ["int", "(B, T)"]),
+    ({"prompt": GOOD.astype(np.float32)}, ["float32", "(2, 3)", "integers"]),
+    ({"prompt": GOOD > 2}, ["bool", "(2, 3)", "integers"]),
+    ({"prompt": GOOD[:0]}, ["empty", "(0, 3)"]),
+    ({"prompt": GOOD[:, :0]}, ["empty", "(2, 0)"]),
+    ({"prompt": GOOD + 60}, ["66", "0 to 64"]),
+    ({"prompt": jnp.asarray(GOOD - 2)}, ["-1", "0 to 64"]),
+    ({"key": 0}, ["int", "jax.random.key(0)"]),
+    ({"key": None}, ["NoneType", "jax.random.key(0)"]),
+    ({"key": jax.random.split(jax.random.key(0))}, ["(2,)", "jax.random.key(0)"]),
+    ({"key": np.zeros(3, np.uint32)}, ["(3,)", "jax.random.key(0)"]),
+    ({"key": np.zeros((2, 2), np.uint32)}, ["(2, 2)", "jax.random.key(0)"]),
+    ({"key": np.zeros(2)}, ["float64", "jax.random.key(0)"]),
+    *(({"max_new_tokens": n}, [str(n), "1 or more"]) for n in (0, -3, 2.5, "7", None)),
+    *(({"temperature": x}, [str(x), "finite"]) for x in (-0.1, float("nan"), float("inf"), "hot", None)),
+    ({"temperature": 10**400}, ["1000", "finite"]),
+    *(({"top_k": k}, [str(k), "1 or more"]) for k in (0, -1, 5.0, "5")),
+    *(({"top_p": p}, [str(p), "up to 1"]) for p in (0, 1.1, -0.5, float("nan"), "0.9", (0.5,))),
+    ({"lengths": np.array([3])}, ["(1,)", "(2,)"]),
+    ({"lengths": np.array([[3], [2]])}, ["(2, 1)", "(2,)"]),
+    ({"lengths": 3}, ["int", "(2,)"]),
+    ({"lengths": np.array([3.0, 2.0])}, ["float64", "integers"]),
+    ({"lengths": np.array([3, 4])}, ["from 3 to 4", "1 to 3"]),
+    ({"lengths": jnp.array([0, 2])}, ["from 0 to 2", "1 to 3"]),
+    ({"stop": 65}, ["65", "0 to 64"]),
+    ({"stop": [3, -1]}, ["-1", "0 to 64"]),
+    ({"stop": [None]}, ["object"]),
+    ({"stop": "x"}, ["end_of_text"]),
+    ({"stop": 1.5}, ["float64", "integers"]),
+    ({"stop": [[1], [2, 3]]}, ["list"]),
+    ({"stop": [[1, 2]]}, ["(1, 2)"]),
+]
+
+
+@pytest.mark.parametrize("wrong, words", MISTAKES)
+def test_a_mistake_in_python_is_named_with_its_argument_and_a_remedy(wrong, words):
+    good = {"model": MODEL, "prompt": GOOD, "key": jax.random.key(0), "max_new_tokens": 3}
+    for function in (generate, stream):  # stream, too, before its first piece is asked for
+        with pytest.raises(ArgumentError) as caught:
+            function(**{**good, **wrong})
+        said = str(caught.value)
+        assert said.startswith(f"{next(iter(wrong))} ") and ": " in said and "\n" not in said and len(said) < 300
+        assert all(word in said for word in words), said
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5])
+def test_a_stream_in_pieces_of_nothing_is_refused(chunk):
+    with pytest.raises(ArgumentError, match=f"^chunk is {chunk}: use a whole number, 1 or more"):
+        stream(MODEL, GOOD, jax.random.key(0), 3, chunk=chunk)
+
+
+def test_what_is_traced_is_not_read():
+    """Values that jax.jit does not know are not checked; shapes are."""
+    with pytest.raises(ArgumentError, match=r"max_new_tokens is .*static under jax.jit"):
+        jax.jit(generate)(MODEL, GOOD, jax.random.key(0), 3)
+    with pytest.raises(ArgumentError, match=r"^prompt is of dtype int32 and shape \(3,\)"):
+        jax.jit(generate, static_argnums=3)(MODEL, GOOD[0], jax.random.key(0), 3)
+
+
+def test_shapes_of_logits_are_asserted():
     with pytest.raises(AssertionError):
         filter_logits(jnp.zeros(5), make_rule())

@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import numpy as np
 
 from jaxgpt import step
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.checks import Path
 from jaxgpt.config import ConfigError
 from jaxgpt.data import DataConfig, DataError
-from jaxgpt.runs.directory import load
+from jaxgpt.files.screen import Lenient
+from jaxgpt.runs.loading import Step, load
 from jaxgpt.text import source
 
 SPLITS = ("train", "val", "all")
@@ -22,14 +25,16 @@ class EvalArgs:
     """Print the mean loss of a run over a whole split as one line of JSON. Bits per byte are comparable across
     tokenizers, best on the same text with --split all."""
 
-    run: str
+    run: Path
     """Run directory."""
     split: str = "val"
     """train, val, or all (the whole text)."""
     name: str | None = None
     """Named corpus to use instead of the run's text: shakespeare or tiny_shakespeare."""
-    path: str | None = None
+    path: Path | None = None
     """Your own text file or prepared folder to use instead, read with the run's tokenizer."""
+    step: Step = None
+    """Step of the checkpoint; by default the one with the lowest validation loss."""
 
 
 def evaluate(args: EvalArgs) -> dict[str, Any]:
@@ -47,7 +52,9 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
         raise ConfigError(f"no such split (--split, {args.split}): use {', '.join(SPLITS)}")
     if args.name and args.path:
         raise ConfigError(f"two texts are given (--name, {args.name}; --path, {args.path}): give one")
-    run = load(args.run)
+    run = load(args.run, args.step)
+    which = "" if args.step else ", which has the lowest validation loss of those that are kept; see --step last"
+    print(f"run {args.run}, step {run.step:,}{which}", file=Lenient(sys.stderr))
     given, text = bool(args.name or args.path), run.config.data
     if given:
         text = DataConfig(name=args.name or text.name, path=args.path, train_fraction=text.train_fraction)
@@ -64,7 +71,8 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
             f"the folder was prepared with another tokenizer ({opened.name}): prepare it with the run's tokenizer.json"
         )
     T = run.config.model.block_size
-    opened.split(None, 1 if args.split == "all" else T)
+    if args.split != "all":
+        opened.split(None, T)
     chunks = run.config.train.loss_chunks
     loss = step.evaluate(run.model, opened.pieces(args.split), min(64, max(TOKENS // T, 1)), chunks)
     lengths, targets = run.tokenizer.byte_lengths, [np.asarray(piece)[1:] for piece in opened.pieces(args.split)]

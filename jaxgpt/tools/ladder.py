@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jaxgpt import config as configs
 from jaxgpt import data, training
 from jaxgpt import tokenizer as tokenizers
+from jaxgpt.checks import Path
 from jaxgpt.runs import report
 from jaxgpt.text import corpus
 from jaxgpt.tools import ngrams
@@ -28,13 +29,13 @@ RUNGS = {
 class LadderArgs:
     """Train the small rungs of the lecture and draw them in one picture. Run it in a clone of the repository."""
 
-    dir: str = "runs/ladder"
+    dir: Path = "runs/ladder"
     """Folder for the runs; rungs already finished there are not trained again."""
     seeds: int = 1
     """Number of seeds to train each rung with, counted up from the seed of the recipes."""
     name: str = "shakespeare"
     """Named corpus: shakespeare, or tiny_shakespeare (the exact file of the lecture)."""
-    path: str | None = None
+    path: Path | None = None
     """Your own text file to use instead."""
 
 
@@ -81,6 +82,6 @@ def closed_forms(config: data.DataConfig) -> dict[str, float]:
     """
     text = corpus.load(config.name, config.path)
     tokenizer = tokenizers.for_text("char", text.text, text.alphabet)
-    splits = data.split(tokenizer.encode(text.text), config.train_fraction, tokenizer.vocab_size, 1)
+    splits = data.split(tokenizer.encode(text.text), config.train_fraction, tokenizer.vocab_size, 1, text.name)
     names = {1: "unigram counts", 2: "bigram counts", 3: "trigram counts"}
     return {name: ngrams.loss(*splits, n, tokenizer.vocab_size, smoothing=0.1) for n, name in names.items()}

@@ -1,20 +1,20 @@
 """`jaxgpt plan`: memory, traffic and time of a run, before it runs. The compilation is in ahead.py."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
+from etils import epath
 from flax import nnx
 
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.devices import chips, sharding
 from jaxgpt.errors import ArgumentError
 from jaxgpt.runs import metrics
-from jaxgpt.text import corpus
+from jaxgpt.text import corpus, token_folder
 from jaxgpt.tokenizer import CharTokenizer
 from jaxgpt.tools import ahead
 from jaxgpt.tools.ahead import Needs, Target
@@ -40,6 +40,7 @@ class PlanConfig(Config):
     """Print one line of JSON instead of the table."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.mfu <= 1:
             raise ArgumentError(f"mfu is {self.mfu}: use a number above 0 and at most 1")
 
@@ -64,9 +65,9 @@ def find_text(config: Config) -> Text:
     """
     path, vocab_size, whole = config.data.path, config.model.vocab_size, None
     chars = config.data.tokenizer == "char"
-    local = pathlib.Path(path or "").expanduser()
+    local = pathlib.Path(path or "")
     if path is not None and (local / "dataset.json").is_file():
-        facts = json.loads((local / "dataset.json").read_text(encoding="utf-8"))
+        facts = token_folder.facts_of(epath.Path(local))
         return Text(facts["vocab_size"], int(config.data.train_fraction * facts["tokens"]), on_device=False)
     if chars and path is None and vocab_size in (0, len(corpus.SHAKESPEARE_ALPHABET)):
         vocab_size, whole = len(corpus.SHAKESPEARE_ALPHABET), CHARACTERS.get(config.data.name)

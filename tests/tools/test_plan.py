@@ -124,7 +124,8 @@ def test_a_batch_that_does_not_divide_and_an_unknown_vocabulary_are_named(capsys
 
 
 def test_a_prepared_folder_is_known_by_its_description(tmp_path, capsys):
-    (tmp_path / "dataset.json").write_text(json.dumps({"tokens": 1_000_000, "vocab_size": 300}))
+    facts = {"format": 1, "dtype": "uint16", "tokens": 1_000_000, "vocab_size": 300}
+    (tmp_path / "dataset.json").write_text(json.dumps(facts | {"sha256": "0", "tokenizer_sha256": "0"}))
     r = record_of(capsys, ["--config", GPT2[1], "--data.path", str(tmp_path), "--target", "h200:8"])
     assert r["epoch_tokens"] == 999_500 and r["parameters"] == 124_439_808 - (50257 - 300) * 768
 
