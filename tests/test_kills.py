@@ -17,7 +17,10 @@ from kill_at import POINTS
 
 from jaxgpt.runs.checkpoint import Checkpoints
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL"),
+    pytest.mark.xdist_group("kills"),
+]
 
 INTERVAL, STEPS = 20, 400
 FLAGS = f"""--model.block_size 16 --model.n_layer 2 --model.n_head 2 --model.n_embd 32 --model.dropout 0.1
