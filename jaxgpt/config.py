@@ -40,12 +40,16 @@ class TrainConfig:
     """Random batches per split in each loss estimate during training."""
     log_interval: int = 10
     """Steps between progress lines, and between train records in metrics.jsonl."""
+    sample_tokens: int = 300
+    """Tokens of the text sample after each loss estimate and at the end; 0 = no samples."""
     steps_per_call: int = 10
     """Steps per compiled call; more is faster when steps are short."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto = float32 on CPU, bfloat16 on GPU and TPU. Parameters stay float32."""
     loss_chunks: int = 1
     """Pieces in which the logits and losses of a window are computed, a divisor of block_size; more = less memory."""
+    deterministic: bool = False
+    """Make the sums of a GPU repeatable, which is slower; those of CPUs are anyway."""
     profile: Path | None = None
     """Folder for an xprof trace of the second to fourth compiled call (of steps_per_call steps)."""
     patience: int = 0
@@ -56,8 +60,9 @@ class TrainConfig:
         for name in ("steps", "eval_interval", "eval_batches", "log_interval", "steps_per_call", "loss_chunks"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use 1 or more")
-        if self.patience < 0:
-            raise ArgumentError(f"patience is {self.patience}: use 0 (never stop early) or more")
+        for name, meaning in (("patience", "never stop early"), ("sample_tokens", "no samples")):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}: use 0 ({meaning}) or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,8 +313,9 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         One `name (was X, now Y)` per changed setting.
     """
     END = "optim.decay_steps"  # 0 = train.steps
-    ignored = {"data.name", "data.path", "data.tokenizer", "mesh.", "model.attention", "model.remat"}
-    ignored |= {"train.steps", "train.eval", "train.log", "train.profile", "train.patience", "train.loss_chunks"}
+    ignored = {f"data.{name}" for name in ("name", "path", "tokenizer", "verify")}
+    ignored |= {"mesh.", "model.attention", "model.remat", "train.steps", "train.eval", "train.log", "train.profile"}
+    ignored |= {"train.patience", "train.sample_tokens", "train.loss_chunks"}
     given = ({**flat(Config()), **each} for each in (before, now))
     found = changes(*({**each, END: each[END] or each["train.steps"]} for each in given))
     return _described({name: pair for name, pair in found.items() if not name.startswith(tuple(ignored))})

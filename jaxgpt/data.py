@@ -34,6 +34,8 @@ class DataConfig:
     """Tokenizer of a text: char (one id per character), gpt2, or a tokenizer.json; a prepared folder has its own."""
     batch_size: int = 12
     """Windows per batch; a step uses optim.grad_accumulation batches."""
+    verify: bool = False
+    """Read a prepared folder as a whole before training, although its files have not changed since that was done."""
     train_fraction: float = 0.9
     """Leading fraction of the text that is the train split, in (0, 1); the rest is the val split."""
 

@@ -17,6 +17,7 @@ import pytest
 
 import jaxgpt
 from jaxgpt.files import download
+from jaxgpt.text import verified
 
 if os.environ.get("JAXGPT_TEST_OPTIMIZED") != "1":  # XLA compiles in half the time; processes that tests start, too
     fast = "--xla_backend_optimization_level=0"
@@ -33,6 +34,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 def temporary_folder(tmp_path_factory):
     """Where temporary files of the suite are; a test that leaves one there fails the suite."""
     before, folder = tempfile.tempdir, tmp_path_factory.mktemp("temporary")
+    verified.records = lambda: tmp_path_factory.getbasetemp() / "verified"  # of folders that are gone soon
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
     yield
     tempfile.tempdir = before

@@ -62,14 +62,3 @@ class GrowingArray:
         facts = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(buffer, facts)
         return buffer.getvalue()
-
-
-def first_beyond(path: pathlib.Path, vocab_size: int) -> tuple[int, int] | None:
-    """Return index and value of the first id in a .npy file that is `vocab_size` or more; None if there is none."""
-    tokens, step = np.load(path, mmap_mode="r"), 1 << 20
-    for start in range(0, len(tokens), step):
-        bad = tokens[start : start + step] >= vocab_size
-        if bad.any():
-            at = start + int(bad.argmax())
-            return at, int(tokens[at])
-    return None

@@ -31,7 +31,8 @@ from jaxgpt.text.encoding import characters, encode
 from jaxgpt.text.inputs import File
 from jaxgpt.text.journal import JOURNAL, Job, PrepareError
 from jaxgpt.text.npy import GrowingArray
-from jaxgpt.text.token_folder import DATASET, ENDS, FORMAT, TOKENIZER, TOKENS, sha256_of
+from jaxgpt.text.token_folder import DATASET, ENDS, FORMAT, TOKENIZER, TOKENS
+from jaxgpt.text.verified import sha256_of
 from jaxgpt.text.workers import in_order
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer, TokenizerError
 

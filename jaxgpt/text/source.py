@@ -67,7 +67,7 @@ class Folders:
     """One or more token folders made by `jaxgpt prepare`."""
 
     def __init__(self, config: DataConfig):
-        self.mixture = token_folder.parse_sources(config.path)
+        self.mixture = token_folder.parse_sources(config.path, config.verify)
         folders = [span.folder for span in self.mixture.spans]
         self.name, self.train_fraction = config.path, config.train_fraction
         hashes = [f"{folder.sha256} {weight}" for folder, weight in zip(folders, self.mixture.weights)]

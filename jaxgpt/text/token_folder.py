@@ -21,12 +21,12 @@ from etils import epath
 from jaxgpt.data import DataError
 from jaxgpt.errors import shortened
 from jaxgpt.files import download
-from jaxgpt.text import npy, places
+from jaxgpt.text import places, verified
+from jaxgpt.text.verified import BLOCK_BYTES, sha256_of
 
 FORMAT = 1
 FLAG = "--data.path"
 DATASET, TOKENS, ENDS, TOKENIZER = "dataset.json", "tokens.npy", "document_ends.npy", "tokenizer.json"
-BLOCK_BYTES = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +81,12 @@ class Mixture(NamedTuple):
     weights: tuple[float, ...]
 
 
-def open_token_folder(path: str) -> TokenFolder:
+def open_token_folder(path: str, again: bool = False) -> TokenFolder:
     """Open and verify a token folder; one on an object store (gs://, s3://) is first copied to the cache folder.
+
+    Args:
+        path: of the folder.
+        again: read it as a whole, although its files have not changed since they were verified.
 
     Raises:
         DataError: it is not a token folder, is unfinished, or its bytes have changed.
@@ -90,15 +94,16 @@ def open_token_folder(path: str) -> TokenFolder:
     with places.reading(path, FLAG):
         facts = facts_of(places.locate(path, FLAG))
         if places.is_remote(path):
-            return _copied(path, facts)
-    return _verified(path, pathlib.Path(os.path.expanduser(path)), facts)
+            return _copied(path, facts, again)
+    return _verified(path, pathlib.Path(os.path.expanduser(path)), facts, again)
 
 
-def parse_sources(path: str) -> Mixture:
+def parse_sources(path: str, again: bool = False) -> Mixture:
     """Open the folders that `data.path` names: `DIR`, or `DIR=WEIGHT,DIR=WEIGHT`.
 
     Args:
         path: a folder of exactly this name, if there is one, also with a `=` in it; otherwise a mixture.
+        again: as for `open_token_folder`.
 
     Returns:
         One span per folder, which covers it, and weights that sum to 1.
@@ -109,7 +114,7 @@ def parse_sources(path: str) -> Mixture:
     whole = "=" not in path or places.exists(path, FLAG)
     parts = [(path, "1")] if whole else [part.rpartition("=")[::2] for part in path.split(",")]
     weights = np.array([_weight(name, weight, path) for name, weight in parts])
-    folders = [open_token_folder(name) for name, _ in parts]
+    folders = [open_token_folder(name, again) for name, _ in parts]
     for other in folders[1:]:
         if other.tokenizer_sha256 != folders[0].tokenizer_sha256:
             raise DataError(
@@ -217,16 +222,6 @@ def _weight(name: str, weight: str, path: str) -> float:
     )
 
 
-def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
-    """Return the hex sha256 of a file from byte `offset` on."""
-    digest, block = hashlib.sha256(), bytearray(BLOCK_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        while n := file.readinto(block):
-            digest.update(memoryview(block)[:n])
-    return digest.hexdigest()
-
-
 def facts_of(folder: epath.Path) -> dict:
     """Read dataset.json, which is written last: a folder without it is unfinished.
 
@@ -248,42 +243,48 @@ def facts_of(folder: epath.Path) -> dict:
     return facts
 
 
-def _verified(name: str, folder: pathlib.Path, facts: dict) -> TokenFolder:
-    """Compare header, size and hashes with dataset.json, and return the folder."""
-    again = "prepare the folder again, or copy it again"
+def _verified(name: str, folder: pathlib.Path, facts: dict, again: bool) -> TokenFolder:
+    """Compare header, size, hashes and ids with dataset.json, and return the folder."""
+    remedy, files = "prepare the folder again, or copy it again", (folder / TOKENS, folder / TOKENIZER)
     try:
         with open(folder / TOKENS, "rb") as file:
             np.lib.format.read_magic(file)
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             offset = file.tell()
         size = (folder / TOKENS).stat().st_size - offset
-        found = {TOKENS: sha256_of(folder / TOKENS, offset), TOKENIZER: sha256_of(folder / TOKENIZER)}
+        known = not again and verified.is_known(files, facts)
+        found, beyond = {}, None
+        if not known:
+            found[TOKENS], beyond = verified.scan(folder / TOKENS, offset, dtype, facts["vocab_size"])
+            found[TOKENIZER] = sha256_of(folder / TOKENIZER)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read the tokens ({name}, {error}): {again}") from None
-    for file, wanted in ((TOKENS, facts["sha256"]), (TOKENIZER, facts["tokenizer_sha256"])):
-        if found[file] != wanted:
+        raise DataError(f"cannot read the tokens ({name}, {error}): {remedy}") from None
+    n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
+    for file, wanted in zip((TOKENS, TOKENIZER), hashes):
+        if found.get(file, wanted) != wanted:
             what = f"{name}/{file}" + (f", {size} bytes of tokens" if file == TOKENS else "")
             differs = f"sha256 {found[file]} instead of {shortened(wanted)}"
-            raise DataError(f"a damaged token folder ({what}, {differs}): {again}")
-    n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
+            raise DataError(f"a damaged token folder ({what}, {differs}): {remedy}")
     if (shape, dtype.name) != ((n,), facts["dtype"]):
         header = shortened(f"{dtype} {shape}")
-        raise DataError(f"a damaged token folder ({name}, {header} is not what {DATASET} says): {again}")
-    if beyond := npy.first_beyond(folder / TOKENS, facts["vocab_size"]):
+        raise DataError(f"a damaged token folder ({name}, {header} is not what {DATASET} says): {remedy}")
+    if beyond:
         at, token = beyond
         raise DataError(f"an id beyond the vocabulary ({name}, token {at:,} is {token}, the last id is "
                         f"{facts['vocab_size'] - 1}): prepare the folder with its own tokenizer")  # fmt: skip
+    if not known:
+        verified.remember(files, facts)
     return TokenFolder(name, folder, n, dtype, offset, facts["vocab_size"], hashes[0], folder / TOKENIZER, hashes[1])
 
 
-def _copied(path: str, facts: dict) -> TokenFolder:
+def _copied(path: str, facts: dict, again: bool) -> TokenFolder:
     """Return the cached copy of a remote folder, copying it if needed; the hashes alone name the copy."""
     name = hashlib.sha256(f"{facts['sha256']} {facts['tokenizer_sha256']}".encode()).hexdigest()[:32]
     target = download.cache_dir() / "tokens" / name
     try:
         if target.exists():
             with contextlib.suppress(DataError):
-                return _verified(path, target, facts)
+                return _verified(path, target, facts, again)
             shutil.rmtree(target)  # damaged since it was copied
         download.make_private(target.parent)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
@@ -292,7 +293,7 @@ def _copied(path: str, facts: dict) -> TokenFolder:
             for file in (TOKENS, TOKENIZER, DATASET):
                 with (places.locate(path, FLAG) / file).open("rb") as source, open(fresh / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, BLOCK_BYTES)
-            folder = _verified(path, fresh, facts)
+            folder = _verified(path, fresh, facts, again=True)
             try:
                 os.replace(fresh, target)
             except OSError:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -74,9 +75,16 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     if args.split != "all":
         opened.split(None, T)
     chunks = run.config.train.loss_chunks
-    loss = step.evaluate(run.model, opened.pieces(args.split), min(64, max(TOKENS // T, 1)), chunks)
-    lengths, targets = run.tokenizer.byte_lengths, [np.asarray(piece)[1:] for piece in opened.pieces(args.split)]
-    tokens, size = sum(map(len, targets)), sum(int(lengths[piece].sum()) for piece in targets)
+    lengths, tokens, size = run.tokenizer.byte_lengths, 0, 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal tokens, size
+        for piece in opened.pieces(args.split):
+            targets = np.asarray(piece)[1:]
+            tokens, size = tokens + len(targets), size + int(lengths[targets].sum())
+            yield piece
+
+    loss = step.evaluate(run.model, counted(), min(64, max(TOKENS // T, 1)), chunks)
     return {
         "split": args.split,
         "step": run.step,

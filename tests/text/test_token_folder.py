@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import DataError
-from jaxgpt.text import token_folder
+from jaxgpt.text import token_folder, verified
 from jaxgpt.text.token_folder import Mixture, Span
 from jaxgpt.tokenizer import CharTokenizer
 
@@ -51,6 +51,46 @@ def error_of(call, *arguments):
 
 
 # Opening
+
+
+def test_a_folder_is_read_as_a_whole_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    path, read, scan = make_folder(tmp_path / "a", np.arange(1000, dtype=np.uint16)), [], verified.scan
+    monkeypatch.setattr(verified, "scan", lambda file, *rest: read.append(file.name) or scan(file, *rest))
+    whole = ["tokens.npy", "tokenizer.json"]
+
+    def open_again(again=False):
+        read.clear()
+        return token_folder.open_token_folder(path, again)
+
+    first = open_again()
+    assert read == whole
+    assert open_again() == first and read == []
+    assert open_again(again=True) == first and read == whole
+    os.utime(tmp_path / "a" / "tokens.npy")
+    assert open_again() == first and read == whole
+    shutil.copy(tmp_path / "a" / "tokenizer.json", tmp_path / "copy")
+    os.replace(tmp_path / "copy", tmp_path / "a" / "tokenizer.json")
+    assert open_again() == first and read == whole
+    stat = (tmp_path / "a" / "tokens.npy").stat()
+    with open(tmp_path / "a" / "tokens.npy", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    os.utime(
+        tmp_path / "a" / "tokens.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns)
+    )  # the size and this time are as before
+    for _ in range(2):  # what is damaged is not remembered
+        assert "sha256" in error_of(open_again)
+
+
+def test_a_read_finds_the_first_id_beyond_the_vocabulary_in_any_block(tmp_path, monkeypatch):
+    monkeypatch.setattr(verified, "BLOCK_BYTES", 64)
+    tokens = np.arange(1000, dtype=np.uint16)
+    tokens.tofile(tmp_path / "tokens")
+    for vocab_size in (1, 32, 33, 700, 999, 1000):
+        found = verified.scan(tmp_path / "tokens", 0, tokens.dtype, vocab_size)
+        beyond = (vocab_size, vocab_size) if vocab_size < 1000 else None
+        assert found == (hashlib.sha256(tokens.tobytes()).hexdigest(), beyond)
+    assert verified.scan(tmp_path / "tokens", 20, tokens.dtype, 500)[1] == (490, 500)
 
 
 def test_a_folder_tells_what_it_holds(tmp_path):
