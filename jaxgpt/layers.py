@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from jaxgpt.devices.matmul import dot_general
+from jaxgpt.devices.matmul import named_matmul
 
 INIT_STDDEV = 0.02  # GPT-2's value, which the lecture adopts at its end
 LAYER_NORM_EPSILON = 1e-5  # as in PyTorch and GPT-2; Flax defaults to 1e-6
@@ -37,7 +37,24 @@ def table(rows: int, channels: int, init: str, rngs: nnx.Rngs) -> nnx.Embed:
     return embedding
 
 
-def linear(inputs: int, outputs: int, bias: bool, init: str, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.Linear:
+class Linear(nnx.Linear):
+    """A linear layer that may have float32 parameters for bfloat16 activations; their gradients are float32 sums."""
+
+    def __call__(self, x):
+        """(..., I) -> (..., O) in the dtype of x."""
+        y = named_matmul(x, self.kernel[...])
+        return y if self.bias is None else (y + self.bias[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """A layer norm that may have float32 parameters for bfloat16 activations; it computes in float32."""
+
+    def __call__(self, x):
+        """(..., C) -> (..., C) in the dtype of x."""
+        return super().__call__(x).astype(x.dtype)
+
+
+def linear(inputs: int, outputs: int, bias: bool, init: str, rngs: nnx.Rngs, scale: float = 1.0) -> Linear:
     """Make a linear layer: (..., inputs) -> (..., outputs).
 
     Args:
@@ -51,11 +68,11 @@ def linear(inputs: int, outputs: int, bias: bool, init: str, rngs: nnx.Rngs, sca
     kernel_init, bias_init = _normal(INIT_STDDEV * scale), nnx.initializers.zeros_init()
     if init == "torch":
         kernel_init = bias_init = _uniform(inputs**-0.5)
-    options = {"kernel_init": kernel_init, "bias_init": bias_init, "dot_general": dot_general}
-    return nnx.Linear(inputs, outputs, use_bias=bias, rngs=rngs, **options)
+    options = {"kernel_init": kernel_init, "bias_init": bias_init}
+    return Linear(inputs, outputs, use_bias=bias, rngs=rngs, **options)
 
 
-def layer_norm(channels: int, bias: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(channels: int, bias: bool, rngs: nnx.Rngs) -> LayerNorm:
     """Make a layer norm: (..., channels) -> the same shape, each vector with mean 0 and variance 1, then scaled.
 
     Args:
@@ -65,7 +82,7 @@ def layer_norm(channels: int, bias: bool, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """
     # the fast variance, E[x^2] - E[x]^2, loses digits when the mean is large
     options = {"epsilon": LAYER_NORM_EPSILON, "use_fast_variance": False}
-    return nnx.LayerNorm(channels, use_bias=bias, rngs=rngs, **options)
+    return LayerNorm(channels, use_bias=bias, rngs=rngs, **options)
 
 
 def unchanged(x: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxgpt.checks import check_fields
 from jaxgpt.devices.attention import Kernel, causal
 from jaxgpt.devices.dropout import Dropout
+from jaxgpt.devices.matmul import project
 from jaxgpt.devices.remat import Remat, call_block
 from jaxgpt.devices.sharding import pin_batch
 from jaxgpt.errors import ArgumentError
@@ -87,6 +88,11 @@ class GPTConfig:
         return self.n_embd or self.vocab_size
 
     @property
+    def attention_rate(self) -> float:
+        """Probability of zeroing attention weights: attention_dropout, or dropout if that is not set."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
+
+    @property
     def block_parameters(self) -> int:
         """Approximate parameter count of all blocks: their matrices, for the usual feed-forward width."""
         return 12 * self.n_layer * self.width**2
@@ -123,7 +129,7 @@ class Attention(nnx.Module):
         C = config.width
         self.n_head, self.kernel = config.n_head, config.attention
         self.query, self.key, self.value = (linear(C, C, config.bias == "all", config.init, rngs) for _ in range(3))
-        self.dropout = Dropout(config.dropout if config.attention_dropout is None else config.attention_dropout)
+        self.dropout = Dropout(config.attention_rate)
         self.proj = _into_stream(config, C, rngs) if config.projection else unchanged
 
     def __call__(self, x, keys_values=None, start=0, rngs=None):
@@ -224,6 +230,7 @@ class GPT(nnx.Module):
         if not config.vocab_size:
             raise ArgumentError("vocab_size is 0: give GPTConfig the tokenizer's vocab_size")
         self.config = config
+        self.dtype = None  # of the activations; None = as the parameters
         V, C = config.vocab_size, config.width
         learned = config.positions == "learned"
         self.token_embedding_table = table(V, C, config.init, rngs)
@@ -289,12 +296,12 @@ class GPT(nnx.Module):
             start: () integer, the position of the first token.
 
         Returns:
-            The sum of both embeddings, (B, T, C).
+            The sum of both embeddings, (B, T, C), rounded to `dtype`.
         """
         x = self.token_embedding_table(pin_batch(tokens))
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table(start + jnp.arange(tokens.shape[1]))
-        return x
+        return x if self.dtype is None else x.astype(self.dtype)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Apply the head.
@@ -308,10 +315,8 @@ class GPT(nnx.Module):
         if self.config.lm_head == "none":
             return x.astype(jnp.float32)
         if self.lm_head is None:
-            table = self.token_embedding_table.embedding[...]
-            logits = jnp.einsum("btc,vc->btv", x, table, preferred_element_type=jnp.float32)
+            logits = project("btc,vc->btv", x, self.token_embedding_table.embedding[...])
         else:
-            kernel, bias = self.lm_head.kernel[...], self.lm_head.bias
-            logits = jnp.einsum("btc,cv->btv", x, kernel, preferred_element_type=jnp.float32)
+            logits, bias = project("btc,cv->btv", x, self.lm_head.kernel[...]), self.lm_head.bias
             logits = logits if bias is None else logits + bias[...]
         return logits[..., : self.config.vocab_size]  # on a mesh, the tables may be padded

@@ -81,31 +81,36 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> Trai
 
 
 def build(spec: StepSpec, params: dict[str, Any]) -> GPT:
-    """Assemble the model in the compute dtype.
+    """Assemble the model for training: its activations have the compute dtype.
+
+    The parameters stay float32, so that their gradients, sums over tokens, parts and devices, are float32 too. Matrices
+    are rounded where they are multiplied.
 
     Args:
         spec: static; gives the model's structure and the compute dtype.
         params: nested dict of float32 parameters.
 
     Returns:
-        The model, whose parameters have dtype spec.dtype.
+        The model.
     """
-    params = jax.tree.map(lambda p: p.astype(spec.dtype), params)
-    return nnx.merge(spec.graphdef, sharding.for_compute(params))
+    model = nnx.merge(spec.graphdef, sharding.for_compute(params))
+    model.dtype = spec.dtype
+    return model
 
 
 @partial(jax.jit, static_argnames="spec")
 def cast(params: dict[str, Any], spec: StepSpec) -> GPT:
-    """Run `build` as a jitted call of its own, for using the model outside a train step.
+    """Assemble the model for use outside a train step.
 
     Args:
         params: nested dict of float32 parameters.
         spec: static.
 
     Returns:
-        The model in the compute dtype.
+        The model, whose parameters have the compute dtype.
     """
-    return build(spec, params)
+    params = jax.tree.map(lambda p: p.astype(spec.dtype), params)
+    return nnx.merge(spec.graphdef, sharding.for_compute(params))
 
 
 def token_losses(
