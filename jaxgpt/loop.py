@@ -139,15 +139,18 @@ class TrainingLoop:
         train, val = (float(estimate_loss(state.params, batches, spec=self.spec)) for batches in windows)
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
-        if step:
+        if step and self.config.train.sample_tokens:
             text = self.sample(state, step)
             if processes.is_first():
                 with open(self.run_dir.folder / "samples.txt", "a", encoding="utf-8") as file:
                     file.write(f"--- step {step}, validation loss {val:.4f}\n{text}\n\n")
         return val
 
-    def sample(self, state: TrainState, step: int, length: int = 300) -> str:
-        """A new text of `length` tokens."""
+    def sample(self, state: TrainState, step: int) -> str:
+        """A new text of `train.sample_tokens` tokens."""
+        length = self.config.train.sample_tokens
+        if not length:
+            return ""
         tokenizer, key = self.source.tokenizer, jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
         out = sampling.generate(cast(state.params, self.spec), tokenizer.start[None], key, length)
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])

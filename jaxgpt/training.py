@@ -76,6 +76,8 @@ def train(config: Config) -> Run:
 @contextlib.contextmanager
 def _claim(config: Config) -> Iterator[Mesh]:
     """The mesh of a run, whose directory belongs to this process (or to the first of several) meanwhile."""
+    if config.train.deterministic:
+        chips.repeatable_sums()
     processes.join(config.distributed)
     mesh = sharding.make_mesh(mesh_config(config))
     with contextlib.ExitStack() as stack:
@@ -194,7 +196,7 @@ def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[St
 
 def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
     """What a resolved configuration compiles to, for a model with or without weights."""
-    dropout = max(config.model.dropout, config.model.attention_dropout or 0.0)
+    dropout = max(config.model.dropout, config.model.attention_rate)
     return StepSpec(
         graphdef=nnx.graphdef(model),
         tx=optimizer(config.optim, config.train.steps),

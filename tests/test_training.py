@@ -2,6 +2,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import types
 
@@ -15,7 +17,7 @@ import jaxgpt
 from jaxgpt import init, loop, optim, step, training
 from jaxgpt.devices import chips
 from jaxgpt.devices.stopping import Stopped, stop_requests
-from jaxgpt.errors import CheckpointError
+from jaxgpt.errors import ArgumentError, CheckpointError
 from jaxgpt.files import storage
 from jaxgpt.runs import checkpoint, loading
 from jaxgpt.runs import directory as run_module
@@ -252,3 +254,29 @@ def test_a_run_on_an_object_store_leaves_everything_there_and_continues_from_it(
     whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
     chex.assert_trees_all_equal(*(nnx.state(run.model) for run in (jaxgpt.load("gs://bucket/run", 40), whole)))
     assert not (tmp_path / "gs:").exists()
+
+
+def test_samples_can_be_switched_off(tiny_config, tmp_path, capsys):
+    jaxgpt.train(jaxgpt.load_config([*tiny_config, "--train.steps", "20", "--train.sample_tokens", "0"]))
+    assert not (tmp_path / "run" / "samples.txt").exists()
+    assert records(tmp_path / "run", "final")[0]["sample"] == ""
+    out = capsys.readouterr().out
+    assert "sample   " not in out and "samples.txt" not in out and "more     jaxgpt sample" in out
+
+
+def test_repeatable_sums_are_asked_for_before_a_backend_starts(tiny_config, monkeypatch):
+    flags = [*tiny_config, "--train.deterministic", "true"]
+    jax.devices()
+    with pytest.raises(ArgumentError, match=r"XLA_FLAGS=--xla_gpu_deterministic_ops=true before"):
+        jaxgpt.train(jaxgpt.load_config(flags))
+    monkeypatch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {chips.REPEATABLE}")
+    assert jaxgpt.train(jaxgpt.load_config([*flags, "--train.steps", "10"])).step == 10
+
+
+@pytest.mark.full
+def test_the_flag_for_repeatable_sums_is_set_in_a_new_process():
+    code = "import os; from jaxgpt.devices import chips; chips.repeatable_sums(); chips.repeatable_sums()"
+    environ = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-c", f"{code}; print(os.environ['XLA_FLAGS'])"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    assert done.stdout.strip() == chips.REPEATABLE, done.stderr

@@ -2,11 +2,16 @@
 
 import dataclasses
 import functools
+import os
 import re
 import time
 
 import jax
 import jax.numpy as jnp
+
+from jaxgpt.errors import ArgumentError
+
+REPEATABLE = "--xla_gpu_deterministic_ops=true"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,26 @@ CHIPS = (
 def find(device_kind: str) -> Chip | None:
     """Return the chip with this `device_kind`; None for a CPU and for a chip that is not in the table."""
     return next((chip for chip in CHIPS if device_kind in chip.kinds), None)
+
+
+def repeatable_sums() -> None:
+    """Tell XLA, before a backend starts, to add up on GPUs in the same order each time. Kernels are then not tuned.
+
+    Raises:
+        ArgumentError: a backend is running already, without that flag.
+    """
+    if REPEATABLE in os.environ.get("XLA_FLAGS", ""):
+        return
+    devices = jax.config.jax_num_cpu_devices
+    try:
+        jax.config.update("jax_num_cpu_devices", devices + 2)  # jax refuses another number once a backend is running
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:
+        raise ArgumentError(
+            f"jax is running already (train.deterministic): set the environment variable XLA_FLAGS={REPEATABLE} before "
+            "the process starts"
+        ) from None
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {REPEATABLE}".strip()
 
 
 def is_old_gpu() -> bool:

@@ -193,6 +193,7 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
         if stored.get(name, None if name == "model_type" else value) != value:
             raise CheckpointError(f"not GPT-2 (config.json, {name} {stored.get(name)}): import one with {name} {value}")
     try:
+        dropout, attention_dropout = stored.get("resid_pdrop", 0.1), stored.get("attn_pdrop", 0.1)
         activation, C = stored.get("activation_function", "gelu_new"), stored.get("n_embd", 768)
         hidden = stored.get("n_inner") or 4 * C
         if activation not in ACTIVATIONS or hidden % C:
@@ -206,7 +207,8 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
             n_layer=stored.get("n_layer", 12),
             n_head=stored.get("n_head", 12),
             n_embd=C,
-            dropout=stored.get("resid_pdrop", 0.1),
+            dropout=dropout,
+            attention_dropout=None if attention_dropout == dropout else attention_dropout,
             lm_head="tied" if stored.get("tie_word_embeddings", True) else "linear",
             mlp_ratio=hidden // C,
             activation=ACTIVATIONS[activation],
@@ -244,7 +246,7 @@ def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
         "activation_function": names[config.activation],
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
         "resid_pdrop": config.dropout,
-        "attn_pdrop": config.dropout,
+        "attn_pdrop": config.attention_rate,
         "embd_pdrop": config.dropout if config.embedding_dropout else 0.0,
         "tie_word_embeddings": config.lm_head == "tied",
         "bos_token_id": end_of_text,

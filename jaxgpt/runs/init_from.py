@@ -4,12 +4,14 @@ The model and the tokenizer are those of the other run; the optimizer state, the
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import FREE, TOKENIZER, Config, ConfigError
+from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError
 from jaxgpt.init import state_of
 from jaxgpt.model import GPTConfig
@@ -77,7 +79,15 @@ def initial_state(
 
     wanted = jax.tree_util.tree_map_with_path(their_shape, shapes.params)
     with Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}") as checkpoints:
-        restored = checkpoints.read_best(lambda step: checkpoints.restore(step, {"params": wanted}))
+
+        def read(step: int) -> Any:
+            return checkpoints.restore(step, {"params": wanted})
+
+        if processes.is_multi_process():  # all of them read the step that the first one chooses
+            step = processes.from_first(lambda: checkpoints.read_best(lambda step: step))
+            restored = None if step is None else read(step)
+        else:
+            restored = checkpoints.read_best(read)
     if restored is None:
         raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
     params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], restored["params"], shapes.params)

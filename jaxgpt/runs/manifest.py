@@ -32,11 +32,15 @@ class OtherFormatError(ValueError):
 def write(folder: epath.Path, facts: dict[str, Any]) -> None:
     """Make a folder valid: sync and list all of its files, then write the manifest atomically.
 
+    On an object store the files are not read again for their sha256: each store keeps checksums of its own.
+
     Args:
         folder: a complete folder that nothing else writes to.
         facts: further entries of the manifest, as JSON types.
     """
-    files = {name: _size_and_sha256(folder / name) for name in sorted(_files(folder)) if name != MANIFEST}
+    remote = storage.is_remote(folder)
+    names = [name for name in sorted(_files(folder)) if name != MANIFEST]
+    files = {name: _size_and_sha256(folder / name, hashed=not remote) for name in names}
     for name in files:
         storage.sync(folder / name)
     for level in sorted({(folder / name).parent for name in files}, reverse=True):
@@ -83,7 +87,7 @@ def verify(folder: epath.Path) -> None:
         if os.path.islink(folder / name):
             raise DamagedError(f"{name} is a link")
         try:
-            found = _size_and_sha256(folder / name, wanted.get("size"))
+            found = _size_and_sha256(folder / name, wanted.get("size"), hashed=wanted.get("sha256") is not None)
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
@@ -112,10 +116,10 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
             yield prefix + path.name
 
 
-def _size_and_sha256(path: epath.Path, size: int | None = None) -> dict[str, Any]:
-    """The size and sha256 of a file; the sha256 is None if the size is not the expected one."""
+def _size_and_sha256(path: epath.Path, size: int | None = None, hashed: bool = True) -> dict[str, Any]:
+    """The size and sha256 of a file; the sha256 is None if it is not wanted, or the size is not the expected one."""
     length = path.stat().length
-    if size not in (None, length):
+    if not hashed or size not in (None, length):
         return {"size": length, "sha256": None}
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -157,9 +157,9 @@ class Console:
         folder = r["run_dir"]
         self._console.print(
             f"done     validation loss {r['val_loss']:.4f} over the whole split, {_clock(r['elapsed_s'])} in all\n"
-            f"files    {folder}: loss.png, samples.txt, metrics.jsonl, checkpoints/\n"
-            f"sample   {'-' * 60}\n{printable(r['sample'])}\n         {'-' * 60}\n"
-            f"more     jaxgpt sample --run {folder}"
+            f"files    {folder}: loss.png, {'samples.txt, ' if r['sample'] else ''}metrics.jsonl, checkpoints/\n"
+            + (f"sample   {'-' * 60}\n{printable(r['sample'])}\n         {'-' * 60}\n" if r["sample"] else "")
+            + f"more     jaxgpt sample --run {folder}"
         )
 
         if not r["val_loss"] < r["uniform_loss"]:

@@ -120,6 +120,8 @@ def kernel_of(config: Config, platform: str) -> attention.Kernel:
         platform: cpu, gpu or tpu.
     """
     model = config.model
+    if model.attention_rate:  # no kernel has dropout
+        return "xla"
     head_size = model.width // model.n_head
     return attention.choose(model.attention, platform, jnp.dtype(config.train.dtype), model.block_size, head_size)
 
