@@ -25,6 +25,7 @@ from jaxgpt.step import (
     StepSpec,
     TrainState,
     all_finite,
+    averaged,
     cast,
     estimate_loss,
     stream_key,
@@ -136,7 +137,7 @@ class TrainingLoop:
         """Estimate both losses, add a sample to samples.txt, and return the validation loss."""
         seed, n, B = self.config.seed, self.config.train.eval_batches, self.config.data.batch_size
         windows = (self.source.windows(stream, seed, 0, n, B) for stream in (ESTIMATE, VAL))
-        train, val = (float(estimate_loss(state.params, batches, spec=self.spec)) for batches in windows)
+        train, val = (float(estimate_loss(averaged(state), batches, spec=self.spec)) for batches in windows)
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
         if step and self.config.train.sample_tokens:
@@ -152,7 +153,7 @@ class TrainingLoop:
         if not length:
             return ""
         tokenizer, key = self.source.tokenizer, jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
-        out = sampling.generate(cast(state.params, self.spec), tokenizer.start[None], key, length)
+        out = sampling.generate(cast(averaged(state), self.spec), tokenizer.start[None], key, length)
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
     def save(self, state: TrainState, step: int, val_loss: float | None, patience: Patience) -> None:

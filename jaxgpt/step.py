@@ -80,6 +80,18 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> Trai
     return TrainState(jnp.int32(0), params, tx.init(params))
 
 
+def averaged(state: TrainState) -> dict[str, Any]:
+    """Return the weights to use outside of training: their average if the optimizer keeps one, else those themselves.
+
+    Args:
+        state: before, between or after steps.
+
+    Returns:
+        A nested dict of float32 parameters, which the next step donates.
+    """
+    return optax.tree.get(state.opt_state, "average", state.params)
+
+
 def build(spec: StepSpec, params: dict[str, Any]) -> GPT:
     """Assemble the model for training: its activations have the compute dtype.
 

@@ -24,7 +24,7 @@ from jaxgpt.optim import optimizer, schedule
 from jaxgpt.runs import init_from, metrics, report
 from jaxgpt.runs.directory import RunDirectory, open_run
 from jaxgpt.runs.loading import Run
-from jaxgpt.step import StepSpec, TrainState, cast, evaluate
+from jaxgpt.step import StepSpec, TrainState, averaged, cast, evaluate
 from jaxgpt.text.source import Source, describe, open_source
 
 
@@ -56,7 +56,7 @@ def train(config: Config) -> Run:
         source.split(mesh, config.model.block_size)
         weights = init_from.check(config, source.tokenizer) if run.step is None else None
         run.begin(shapes)
-        state = new_state(config, weights, spec, shapes) if run.step is None else run.restore(shapes)
+        state = new_state(config, weights, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
         emit = stack.enter_context(_sinks(run))
         start = start_record(config, mesh, source, state)
         emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"]), "changed": run.changed})
@@ -64,12 +64,12 @@ def train(config: Config) -> Run:
         loop = TrainingLoop(config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started)
         with stop_requests() as stop_request:
             state = loop.run(state, stop_request)
-        loss = evaluate(cast(state.params, spec), source.pieces("val"), chunks=spec.loss_chunks)
+        loss = evaluate(cast(averaged(state), spec), source.pieces("val"), chunks=spec.loss_chunks)
         run.checkpoints.wait()  # "done" is printed only once everything is safe
         spent, last = time.perf_counter() - started, int(state.step)
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": spent, "run_dir": config.run.dir, "sample": loop.sample(state, last)})  # fmt: skip
-    model = nnx.merge(spec.graphdef, state.params)
+    model = nnx.merge(spec.graphdef, averaged(state))
     return Run(run.folder, config, source.tokenizer, model, last, source.sha256)
 
 

@@ -1,5 +1,7 @@
 import math
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -83,9 +85,63 @@ def test_gradients_are_clipped_to_their_global_norm(clip, expected):
     np.testing.assert_allclose([2 * mu["a"][0], 2 * mu["b"][0]], expected, rtol=1e-6)
 
 
+def mean_of_weights(weights, decay):
+    """The definition: weight i of t counts (1 - decay) decay^(t - i) / (1 - decay^t), in float64."""
+    t = len(weights)
+    counts = [(1 - decay) * decay ** (t - i) / (1 - decay**t) for i in range(1, t + 1)]
+    return sum(count * np.asarray(each, np.float64) for count, each in zip(counts, weights, strict=True))
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.9, 0.9999])
+def test_the_average_is_the_mean_of_the_weights_after_each_update(decay):
+    tx = optim.average_weights(decay)
+    p, rng, weights = {"kernel": jnp.array([[1.0, -2.0]])}, np.random.default_rng(0), []
+    state = tx.init(p)
+    np.testing.assert_array_equal(state.average["kernel"], p["kernel"])
+    assert state.average["kernel"] is not p["kernel"]  # a step donates both
+    for _ in range(30):
+        updates = {"kernel": jnp.asarray(rng.normal(size=(1, 2)), jnp.float32)}
+        kept, state = tx.update(updates, state, p)
+        assert kept is updates
+        p = optax.apply_updates(p, updates)
+        weights.append(p["kernel"])
+        np.testing.assert_allclose(state.average["kernel"], mean_of_weights(weights, decay), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.99, 0.99999])
+def test_an_average_of_equal_weights_is_these_weights_after_any_number_of_updates(decay):
+    tx, p = optim.average_weights(decay), {"kernel": jnp.array([1.0, 0.1, -3e-5])}
+
+    def step(state, _):
+        return tx.update(jax.tree.map(jnp.zeros_like, p), state, p)[1], None
+
+    state = jax.jit(lambda state: jax.lax.scan(step, state, length=20_000)[0])(tx.init(p))
+    assert int(state.count) == 20_000
+    np.testing.assert_array_equal(state.average["kernel"], p["kernel"])
+
+
+def test_without_a_decay_the_optimizer_keeps_nothing_more():
+    config, params = OptimConfig(), {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    adamw = optax.adamw(optim.schedule(config), weight_decay=0.1, mask=optim.decay_mask)
+    plain = optax.chain(optax.clip_by_global_norm(1.0), adamw).init(params)
+    chex.assert_trees_all_equal(optim.optimizer(config).init(params), plain)
+    averaging = optim.optimizer(OptimConfig(ema_decay=0.9)).init(params)
+    more = len(jax.tree.leaves(averaging)) - len(jax.tree.leaves(plain))
+    assert more == len(params) + 1  # the average, and the number of updates
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"learning_rate": 0.0}, {"learning_rate": math.nan}, {"beta1": 1.0}, {"beta2": -0.1}, {"grad_accumulation": 0}],
+    [
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"beta1": 1.0},
+        {"beta2": -0.1},
+        {"grad_accumulation": 0},
+        {"ema_decay": 1.0},
+        {"ema_decay": -0.1},
+        {"ema_decay": math.nan},
+    ],
 )
 def test_numbers_that_cannot_train_are_refused(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):

@@ -48,8 +48,9 @@ def test_metrics_have_one_float32_a_step_and_the_state_counts_them():
     chex.assert_type(jax.tree.leaves(state.params), jnp.float32)
 
 
-def test_an_update_that_is_not_finite_is_not_applied():
-    spec, state = make(learning_rate=1e30, grad_clip=0.0)
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_an_update_that_is_not_finite_is_not_applied(ema_decay):
+    spec, state = make(learning_rate=1e30, grad_clip=0.0, ema_decay=ema_decay)
     with jax.debug_nans(False):
         state, first = run(spec, state, n=1)
         before = jax.device_get(state)
@@ -57,6 +58,24 @@ def test_an_update_that_is_not_finite_is_not_applied():
     assert np.isfinite(first["loss"]).all() and not np.isfinite(later["loss"]).any()
     chex.assert_trees_all_equal(jax.device_get((state.params, state.opt_state)), (before.params, before.opt_state))
     assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_average_is_over_the_weights_after_each_step_and_does_not_change_them(parts):
+    spec, state = make(parts, learning_rate=0.1, ema_decay=0.8)
+    plain_spec, plain = make(parts, learning_rate=0.1)
+    assert step.averaged(state) is not state.params
+    chex.assert_trees_all_equal(step.averaged(state), state.params)
+    weights = []
+    for _ in range(5):
+        state, _ = run(spec, state, n=1, rows=8)
+        plain, _ = run(plain_spec, plain, n=1, rows=8)
+        weights.append(jax.device_get(state.params))
+    counts = [0.2 * 0.8 ** (5 - i) / (1 - 0.8**5) for i in range(1, 6)]
+    expected = jax.tree.map(lambda *each: np.tensordot(counts, np.float64(each), 1), *weights)
+    chex.assert_trees_all_close(step.averaged(state), expected, rtol=1e-5, atol=1e-6)  # float32 against float64
+    chex.assert_trees_all_close(state.params, plain.params, rtol=1e-5, atol=1e-5)  # fused in another way
+    assert step.averaged(plain) is plain.params
 
 
 def test_all_finite_sees_one_value_in_a_tree():

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import optax
 from etils import epath
 
 from jaxgpt import config as configs
@@ -17,10 +18,11 @@ from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.files import storage
 from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
-from jaxgpt.runs.loading import CHECKPOINTS, check_files, files_of, read_files, sha256
+from jaxgpt.runs.loading import CHECKPOINTS, check_files, files_of, read_files, read_state, sha256
 from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
+AVERAGE = "optim.ema_decay"
 RANDOM = "jax_default_prng_impl", "jax_enable_x64", "jax_threefry_partitionable"
 
 
@@ -52,7 +54,7 @@ class RunDirectory:
 
         Raises:
             OtherRunError: the directory belongs to a run of another configuration or text, or `run.resume` is never.
-                With `run.resume changed`, only of another model or tokenizer.
+                With `run.resume changed`, only of another model or tokenizer, or if only one of both keeps an average.
             CheckpointError: `run.resume` is must and there is no checkpoint, or no checkpoint is usable.
         """
         self.config, self._tokenizer, self._corpus_sha256 = config, tokenizer, corpus_sha256
@@ -89,13 +91,17 @@ class RunDirectory:
             self._publish()
         self._begun = True
 
-    def restore(self, shapes: TrainState) -> TrainState:
-        """Read the state of `step`, with the shapes, dtypes and shardings of `shapes`.
+    def restore(self, shapes: TrainState, tx: optax.GradientTransformation) -> TrainState:
+        """Read the state of `step`.
+
+        Args:
+            shapes: its shapes, dtypes and shardings.
+            tx: the optimizer.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or holds different arrays.
         """
-        return TrainState(**self.checkpoints.restore(self.step, vars(shapes)))
+        return read_state(self.checkpoints, self.step, shapes, tx)
 
     def save(self, step: int, state: dict[str, Any], **facts: Any) -> None:
         """Write a checkpoint in the background, and publish the small files.
@@ -155,7 +161,10 @@ class RunDirectory:
         imported = only_step_0 and self.checkpoints.manifest(0)["corpus_sha256"] is None
         if began:
             before, tokenizer = read_files(self.folder, config.run.dir)
-            self._refuse_others(configs.flat(before), tokenizer, None, free=imported or resume == "changed")
+            settings = configs.flat(before)
+            if imported:  # nothing has been averaged yet
+                settings[AVERAGE] = config.optim.ema_decay
+            self._refuse_others(settings, tokenizer, None, free=imported or resume == "changed")
         found = self.checkpoints.newest(config.run.checkpoint_interval)
         if found is None and resume == "must":
             raise CheckpointError(f"nothing to resume ({config.run.dir}): drop --run.resume must or change --run.dir")
@@ -176,10 +185,12 @@ class RunDirectory:
             before: its settings.
             tokenizer: its tokenizer.
             text: the hash of its text; None if it is not known.
-            free: whether all may have changed that does not decide what its weights mean.
+            free: whether all may have changed but what its weights mean and which arrays its state has.
         """
         now, ours, run_dir = configs.flat(self.config), self._corpus_sha256, self.config.run.dir
         fixed = configs.model_differences(before, now)
+        if bool(before.get(AVERAGE)) != bool(now[AVERAGE]):  # a state cannot gain or lose its average
+            fixed.append(f"{AVERAGE} (was {before.get(AVERAGE, 0.0)}, now {now[AVERAGE]})")
         if not tokenizers.same(tokenizer, self._tokenizer):
             fixed.append(f"the tokenizer (its own: --data.tokenizer {run_dir}/{TOKENIZER})")
         different = fixed

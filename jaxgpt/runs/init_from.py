@@ -16,7 +16,7 @@ from jaxgpt.errors import CheckpointError
 from jaxgpt.init import state_of
 from jaxgpt.model import GPTConfig
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files
+from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files, read_weights
 from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ def initial_state(
     with Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}") as checkpoints:
 
         def read(step: int) -> Any:
-            return checkpoints.restore(step, {"params": wanted})
+            return read_weights(checkpoints, step, wanted)
 
         if processes.is_multi_process():  # all of them read the step that the first one chooses
             step = processes.from_first(lambda: checkpoints.read_best(lambda step: step))
@@ -90,5 +90,5 @@ def initial_state(
             restored = checkpoints.read_best(read)
     if restored is None:
         raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
-    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], restored["params"], shapes.params)
+    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], restored, shapes.params)
     return state_of(params, tx)

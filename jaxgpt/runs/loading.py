@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from flax import nnx
 
@@ -19,10 +20,11 @@ from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import CONFIG, TOKENIZER, Config
 from jaxgpt.errors import ArgumentError, CheckpointError, shortened
 from jaxgpt.files import storage
-from jaxgpt.init import abstract
+from jaxgpt.init import abstract, state_of
 from jaxgpt.model import GPT, GPTConfig
+from jaxgpt.optim import OptimConfig, optimizer
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.step import params_of
+from jaxgpt.step import TrainState, params_of
 from jaxgpt.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
@@ -32,7 +34,7 @@ Step = int | Literal["last"] | None
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A loaded run; `model` has the float32 parameters of `step`."""
+    """A loaded run; `model` has the float32 parameters of `step`, or their average (`optim.ema_decay`)."""
 
     dir: pathlib.Path
     """Local folder of its small files."""
@@ -97,7 +99,7 @@ def load(run_dir: str | os.PathLike, step: Step = None) -> Run:
     def read(step: int) -> Run:
         facts = checkpoints.manifest(step)
         check_files(folder, config, facts)
-        params = checkpoints.restore(step, {"params": shapes})["params"]
+        params = read_weights(checkpoints, step, shapes)
         return Run(folder, config, tokenizer, model_of(config.model, params), step, facts["corpus_sha256"])
 
     with Checkpoints(f"{run_dir}/{CHECKPOINTS}") as checkpoints:
@@ -105,6 +107,43 @@ def load(run_dir: str | os.PathLike, step: Step = None) -> Run:
     if run is None:
         raise CheckpointError(f"no checkpoint ({run_dir}): wait for the first one, or train again")
     return run
+
+
+def read_weights(checkpoints: Checkpoints, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Read the weights that a run is used with: their average if the run keeps one, and nothing else.
+
+    Args:
+        checkpoints: the run's.
+        step: a valid step.
+        shapes: shapes, dtypes and shardings of the parameters.
+
+    Raises:
+        CheckpointError: the step does not exist, is damaged, or holds different arrays.
+    """
+    settings = checkpoints.manifest(step).get("config", {})  # imported weights have none
+    if not settings.get("optim.ema_decay"):
+        return checkpoints.restore(step, {"params": shapes})["params"]
+    config = OptimConfig(**{name[6:]: value for name, value in settings.items() if name.startswith("optim.")})
+    unread = jax.tree.map(lambda _: None, jax.eval_shape(optimizer(config).init, shapes))
+    restored = checkpoints.restore(step, {"opt_state": optax.tree.set(unread, average=shapes)})
+    return optax.tree.get(restored["opt_state"], "average")
+
+
+def read_state(checkpoints: Checkpoints, step: int, shapes: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """Read the state to continue from. Imported weights come without what the optimizer `tx` knows of them.
+
+    Args:
+        checkpoints: the run's.
+        step: a valid step.
+        shapes: shapes, dtypes and shardings of the state.
+        tx: the optimizer.
+
+    Raises:
+        CheckpointError: the step does not exist, is damaged, or holds different arrays.
+    """
+    if checkpoints.manifest(step)["corpus_sha256"] is None:
+        return state_of(checkpoints.restore(step, {"params": shapes.params})["params"], tx)
+    return TrainState(**checkpoints.restore(step, vars(shapes)))
 
 
 def read_files(folder: pathlib.Path, run_dir: str, flag: str = "") -> tuple[Config, Tokenizer]:

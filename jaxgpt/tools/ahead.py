@@ -192,7 +192,8 @@ def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
     sizes = sharding.sizes_of(config.mesh, target.n)
     model, C = config.model, config.model.width
     item = jnp.dtype(config.train.dtype).itemsize
-    state = 12 * parameters // (sizes["fsdp"] * sizes["tensor"])  # float32 parameters and two moments
+    arrays = 4 if config.optim.ema_decay else 3  # parameters, two moments, and perhaps an average, all float32
+    state = 4 * arrays * parameters // (sizes["fsdp"] * sizes["tensor"])
     copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and parameters cast to the compute dtype
     # channels per layer and token: residual stream twice, norms, qkv, attention, MLP before and after its activation
     kept = {"none": 9 + 2 * model.mlp_ratio, "dots": 6 + model.mlp_ratio, "full": 1}[model.remat] * C * model.n_layer

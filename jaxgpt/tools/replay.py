@@ -22,7 +22,7 @@ from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT
 from jaxgpt.runs import init_from, report
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files
+from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files, read_state
 from jaxgpt.step import DROPOUT, TRAIN, StepSpec, TrainState, build, loss_and_gradient, train_steps
 from jaxgpt.text.source import Source, open_source
 from jaxgpt.training import mesh_config, new_state, resolve, specify
@@ -76,7 +76,7 @@ def replay(args: ReplayArgs) -> Finding:
             undamaged = (n for n in checkpoints.steps() if n < args.step and not checkpoints.find_damage(n))
             start = max((n for n in undamaged if n >= since), default=0)
             if start in checkpoints.steps():
-                state = TrainState(**checkpoints.restore(start, vars(shapes)))
+                state = read_state(checkpoints, start, shapes, spec.tx)
             elif not since:  # what training began with depends on the configuration alone
                 state = new_state(config, init_from.check(config, source.tokenizer), spec, shapes)
             else:
