@@ -12,8 +12,8 @@ import numpy as np
 from turns import serve, until
 
 from jaxgpt import generate, load_config
-from jaxgpt.cli import keep_compiled
 from jaxgpt.devices import chips, processes, sharding
+from jaxgpt.files.compiled import keep_compiled
 from jaxgpt.init import first_state, init_params
 from jaxgpt.loop import TrainingLoop
 from jaxgpt.runs import metrics

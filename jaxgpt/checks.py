@@ -38,19 +38,21 @@ def check_fields(section: Any) -> None:
         ArgumentError: a value has another type, or is not one of the values that are allowed.
     """
     for field in dataclasses.fields(section):
-        value, options = getattr(section, field.name), typing.get_args(field.type)
-        if typing.get_origin(field.type) is typing.Literal:
-            if value not in options:
-                raise ArgumentError(f"{field.name} is {value!r}: use one of {', '.join(map(repr, options))}")
-            continue
+        value = getattr(section, field.name)
         is_union = typing.get_origin(field.type) in (types.UnionType, typing.Union)
-        kinds = options if is_union else (field.type,)
+        kinds = typing.get_args(field.type) if is_union else (field.type,)
         if Path in kinds and isinstance(value, str | os.PathLike):
             value = os.path.expanduser(value)
             object.__setattr__(section, field.name, value)  # the dataclass is frozen
         if not any(_fits(value, kind) for kind in kinds):
-            words = [WORDS.get(kind) or getattr(kind, "__name__", str(typing.get_args(kind))) for kind in kinds]
-            raise ArgumentError(f"{field.name} is {shortened(repr(value))}: use {' or '.join(words)}")
+            raise ArgumentError(f"{field.name} is {shortened(repr(value))}: use {' or '.join(map(_words, kinds))}")
+
+
+def _words(kind: Any) -> str:
+    """The values of a type, in words."""
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    return WORDS.get(kind) or getattr(kind, "__name__", str(kind))
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -110,7 +112,57 @@ def check_key(key: Any) -> Any:
     raise ArgumentError(f"key is of {kind}: use a single key, such as jax.random.key(0)")
 
 
-def as_array(value: Any) -> Any:
+def check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> Any:
+    """Check prompts and their lengths.
+
+    Args:
+        prompt: to be (B, T) integers in [0, vocab_size).
+        lengths: to be None, or (B,) integers from 1 to T; the padding after them may be any integers.
+        vocab_size: number of ids.
+
+    Returns:
+        The lengths as (B,) int32, or None.
+
+    Raises:
+        ArgumentError: an argument has another type or shape, or is out of its range.
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    ids = _check_integers("prompt", prompt, ("B", "T"), "such as tokenizer.encode(text)[None]")
+    if lengths is not None:
+        lengths, (B, T) = _as_array(lengths), prompt.shape
+        values = _check_integers("lengths", lengths, (B,), "one for each row of the prompt")
+        _check_range("lengths", values, 1, T)
+        lengths = jnp.asarray(lengths, jnp.int32)
+        known = ids is not None and values is not None
+        ids = ids[np.arange(T) < values[:, None]] if known else None
+    _check_range("prompt", ids, 0, vocab_size - 1)
+    return lengths
+
+
+def check_stop(stop: Any, vocab_size: int) -> Any:
+    """Check stop tokens.
+
+    Args:
+        stop: to be an id, a sequence of ids, or None.
+        vocab_size: number of ids.
+
+    Returns:
+        (K,) integers, or None if there are none.
+
+    Raises:
+        ArgumentError: they have another type or shape, or are out of range.
+    """
+    ids = _as_array(stop)
+    if ids is None or getattr(ids, "size", 1) == 0:
+        return None
+    ids = ids[None] if getattr(ids, "shape", None) == () else ids
+    _check_range("stop", _check_integers("stop", ids, ("K",), "such as [tokenizer.end_of_text]"), 0, vocab_size - 1)
+    return ids
+
+
+def _as_array(value: Any) -> Any:
     """Return a number or a sequence of numbers as an array; anything else as it is, for the check that follows."""
     import numpy as np
 
@@ -122,7 +174,7 @@ def as_array(value: Any) -> Any:
         return value
 
 
-def check_integers(name: str, value: Any, shape: tuple[int | str, ...], example: str) -> Any:
+def _check_integers(name: str, value: Any, shape: tuple[int | str, ...], example: str) -> Any:
     """Check that an argument is an array of integers of this shape.
 
     Args:
@@ -140,7 +192,7 @@ def check_integers(name: str, value: Any, shape: tuple[int | str, ...], example:
     import jax
     import numpy as np
 
-    dtype, found = getattr(value, "dtype", None), getattr(as_array(value), "shape", ())
+    dtype, found = getattr(value, "dtype", None), getattr(_as_array(value), "shape", ())
     integers = isinstance(dtype, np.dtype) and np.issubdtype(dtype, np.integer)
     fits = len(found) == len(shape) and all(a == b for a, b in zip(found, shape) if isinstance(b, int))
     if not (integers and fits):
@@ -154,7 +206,7 @@ def check_integers(name: str, value: Any, shape: tuple[int | str, ...], example:
     return np.asarray(value) if known else None
 
 
-def check_range(name: str, values: Any, least: int, most: int) -> None:
+def _check_range(name: str, values: Any, least: int, most: int) -> None:
     """Check that all values of a NumPy array are from `least` to `most`; None has none.
 
     Raises:

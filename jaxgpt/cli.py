@@ -7,8 +7,6 @@ import contextlib
 import difflib
 import json
 import logging
-import math
-import os
 import pathlib
 import sys
 import traceback
@@ -212,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"no such command ({argv[0]}): perhaps you meant `jaxgpt {near[0]}`")
         _quieten_libraries(debug)
         if not _asks_for_help(argv):
+            from jaxgpt.files.compiled import keep_compiled
+
             keep_compiled()
         if argv[0] in RESULTS:
             COMMANDS[argv[0]](argv[1:])
@@ -299,23 +299,3 @@ def _quieten_libraries(debug: bool) -> None:
         for library in ("absl", "asyncio"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         sys.unraisablehook = lambda _: None  # tensorstore's threads report here
-
-
-def keep_compiled() -> None:
-    """Keep what XLA compiles in the user's cache folder, if that can be written."""
-    import jax
-
-    from jaxgpt.files import download
-
-    try:
-        folder = download.cache_dir() / "xla"
-        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-    except (OSError, download.DownloadError):
-        return
-    can_write = os.access(folder, os.W_OK)
-    if not can_write:
-        message = f"compiled functions are not kept ({folder}, read-only): set JAXGPT_CACHE"
-        warnings.warn(message, JaxgptWarning, stacklevel=2)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0 if can_write else math.inf)

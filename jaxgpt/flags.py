@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxgpt.checks import WORDS, Text, check_fields
+from jaxgpt.checks import WORDS, Text
 from jaxgpt.errors import ArgumentError, shortened
 
 
@@ -106,9 +106,7 @@ def _build(cls: type, values: dict[str, str], where: str, prefix: str) -> Any:
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"no value ({where}, --{name}): write --{name} VALUE")
     try:
-        built = cls(**arguments)
-        check_fields(built)  # which also expands `~`
-        return built
+        return cls(**arguments)
     except ArgumentError as error:  # a check of the dataclass itself: `WHAT: REMEDY`
         what, _, remedy = str(error).partition(": ")
         section = f", {prefix.rstrip('.')}" if prefix else ""

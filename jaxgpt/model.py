@@ -280,8 +280,8 @@ class GPT(nnx.Module):
         return self.ln_f(x), Cache(tuple(layers), start + T)
 
     def _length(self, tokens) -> int:
-        kind = f"{getattr(tokens, 'dtype', type(tokens).__name__)} of shape {getattr(tokens, 'shape', '?')}"
         if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(getattr(tokens, "dtype", None), jnp.integer):
+            kind = f"{getattr(tokens, 'dtype', type(tokens).__name__)} of shape {getattr(tokens, 'shape', '?')}"
             raise ArgumentError(f"tokens are {kind}: pass an array of integers (B, T), such as ids[None]")
         if tokens.shape[1] > self.config.block_size:
             limit = f"block_size {self.config.block_size}"

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.checks import as_array, check_integers, check_key, check_number, check_range
+from jaxgpt.checks import check_key, check_number, check_prompt, check_stop
 from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
 
@@ -288,30 +288,6 @@ def _check_model(model: Any) -> None:
         raise ArgumentError(f"model is of type {type(model).__name__}: use {remedy}")
 
 
-def _check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> jax.Array | None:
-    """Check the prompt and its lengths; return the lengths as (B,) int32."""
-    ids = check_integers("prompt", prompt, ("B", "T"), "such as tokenizer.encode(text)[None]")
-    if lengths is not None:
-        lengths, (B, T) = as_array(lengths), prompt.shape
-        values = check_integers("lengths", lengths, (B,), "one for each row of the prompt")
-        check_range("lengths", values, 1, T)
-        lengths = jnp.asarray(lengths, jnp.int32)
-        known = ids is not None and values is not None
-        ids = ids[np.arange(T) < values[:, None]] if known else None  # padding may be anything
-    check_range("prompt", ids, 0, vocab_size - 1)
-    return lengths
-
-
-def _check_stop(stop: Any, vocab_size: int) -> jax.Array | np.ndarray | None:
-    """Check the stop tokens; return them as (K,) integers, or None if there are none."""
-    ids = as_array(stop)
-    if ids is None or getattr(ids, "size", 1) == 0:
-        return None
-    ids = ids[None] if getattr(ids, "shape", None) == () else ids
-    check_range("stop", check_integers("stop", ids, ("K",), "such as [tokenizer.end_of_text]"), 0, vocab_size - 1)
-    return ids
-
-
 def stream(
     model: GPT,
     prompt: jax.Array,
@@ -343,8 +319,8 @@ def stream(
     for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
         remedy = "use a whole number, 1 or more, which is static under jax.jit"
         check_number(name, value, lambda n: operator.index(n) >= 1, remedy)
-    lengths = _check_prompt(prompt, lengths, vocab_size)
-    stop, key = _check_stop(stop, vocab_size), check_key(key)
+    lengths = check_prompt(prompt, lengths, vocab_size)
+    stop, key = check_stop(stop, vocab_size), check_key(key)
     pieces = _pieces(model, prompt, key, operator.index(max_new_tokens), rule, lengths, operator.index(chunk))
     return pieces if stop is None else _until_stop(pieces, len(prompt), stop)
 

@@ -408,7 +408,7 @@ def test_a_result_that_cannot_be_written_is_an_error_and_progress_is_not(trained
 def test_a_read_only_cache_is_one_warning(trained, tmp_path, monkeypatch):
     (tmp_path / "xla").mkdir()
     monkeypatch.setenv("JAXGPT_CACHE", str(tmp_path))
-    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     settings = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
     before = {name: getattr(jax.config, name) for name in settings}
     try:

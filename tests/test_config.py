@@ -15,6 +15,7 @@ from jaxgpt.data import DataConfig
 from jaxgpt.errors import ArgumentError
 from jaxgpt.interop.export import ExportArgs
 from jaxgpt.interop.importing import ImportArgs
+from jaxgpt.runs import changes
 from jaxgpt.text.prepare import PrepareArgs
 from jaxgpt.tools.evaluate import EvalArgs
 from jaxgpt.tools.ladder import LadderArgs
@@ -167,18 +168,18 @@ def test_only_fields_that_decide_the_numbers_count_as_different():
     ours = configs.flat(load_config([]))
     same = ["--run.dir", "else", "--train.steps", "9", "--train.log_interval", "3", "--run.keep", "5"]
     same += ["--optim.decay_steps", "2000", "--data.path", "moved.txt"]  # which is where the cosine ended before
-    assert configs.differences(ours, configs.flat(load_config(same))) == []
+    assert changes.differences(ours, configs.flat(load_config(same))) == []
     more = configs.flat(load_config(["--train.steps", "9"]))
-    assert configs.differences(ours, more) == ["optim.decay_steps (was 2000, now 9)"]
+    assert changes.differences(ours, more) == ["optim.decay_steps (was 2000, now 9)"]
     other = configs.flat(load_config(["--model.n_layer", "2", "--seed", "1"]))
-    assert configs.differences(ours, other) == ["seed (was 1337, now 1)", "model.n_layer (was 4, now 2)"]
+    assert changes.differences(ours, other) == ["seed (was 1337, now 1)", "model.n_layer (was 4, now 2)"]
 
 
 def test_a_field_that_came_later_had_its_default_before():
     now = configs.flat(load_config([]))
     before = {name: value for name, value in now.items() if name != "model.n_layer"}
-    assert configs.differences(before, now) == []
-    assert configs.differences(before, {**now, "model.n_layer": 9}) == ["model.n_layer (was 4, now 9)"]
+    assert changes.differences(before, now) == []
+    assert changes.differences(before, {**now, "model.n_layer": 9}) == ["model.n_layer (was 4, now 9)"]
 
 
 COMMANDS = [Config, SampleArgs, EvalArgs, ReplayArgs, LadderArgs, ImportArgs, ExportArgs, PrepareArgs]

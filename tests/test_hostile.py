@@ -1,5 +1,6 @@
 """What strangers send: files, flags and prompts that are wrong in any way end in one line and an exit code."""
 
+import collections
 import copy
 import functools
 import hashlib
@@ -130,11 +131,34 @@ def test_configurations_of_imported_models(changes):
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.binary(max_size=2))
 def test_pickles(at, patch):
+    """Whatever its bytes, a pickle gives plain data and stand-ins for what it names, or is refused."""
     data = pickle.dumps({"itos": {0: "a", 1: "b"}, "value": [np.float64(1.5), {2}, pathlib.Path("a")]}, protocol=2)
     place = at % len(data)
     path = written(data[:place] + patch + data[place + len(patch) :], "meta.pkl")
     with open(path, "rb") as file:
-        in_words(torch_checkpoint.unpickle, file, path, code={4})
+        found = in_words(torch_checkpoint.unpickle, file, path, code={4})
+    assert types_in(found) <= INERT
+    if patch == data[place : place + len(patch)]:
+        assert found["itos"] == {0: "a", 1: "b"} and found["value"][0] == 1.5
+
+
+PLAIN = {type(None), bool, int, float, complex, str, bytes, bytearray, dict, list, tuple, set, frozenset}
+STAND_INS = [torch_checkpoint._Unused, *torch_checkpoint.KNOWN.values()]
+INERT = PLAIN | {
+    collections.OrderedDict,
+    torch_checkpoint.Tensor,
+    torch_checkpoint._Unused,
+    torch_checkpoint._NumberType,
+}
+
+
+def types_in(value) -> set[type]:
+    """The types of all values in a tree of plain data; a name that was not called is its stand-in itself."""
+    if any(value is each for each in STAND_INS):
+        return set()
+    inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    inside = inner if isinstance(value, dict | list | tuple | set | frozenset) else ()
+    return {type(value)}.union(*map(types_in, inside))
 
 
 @settings(max_examples=400, deadline=None)

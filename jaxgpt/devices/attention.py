@@ -73,7 +73,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array, kernel: Kernel, plain: Call
     chex.assert_rank(q, 4)
     chex.assert_equal_shape([q, k, v])
     T, D = q.shape[2:]
-    kernel = choose(kernel, jax.default_backend(), q.dtype, T, D) if kernel == "auto" else kernel
+    kernel = choose(kernel, jax.default_backend(), q.dtype, T, D)
     if not fits(kernel, q.dtype, T, D):
         return plain(q, k, v)
     if kernel == "cudnn":

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import sys
 from typing import TextIO
 
 from rich.console import Console
@@ -71,6 +70,5 @@ class Screen(Console):
     """rich's console for progress: plain text, on a stream that never fails. By itself, rich ends the process when a
     reader goes away."""
 
-    def __init__(self, stream: TextIO | None = None):
-        lenient = Lenient(sys.stdout if stream is None else stream)
-        super().__init__(file=lenient, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    def __init__(self, stream: TextIO | None):
+        super().__init__(file=Lenient(stream), highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,11 +1,13 @@
 """Atomic file writes that survive a kill or a power cut, and readable errors when a disk cannot be written."""
 
+import atexit
 import contextlib
 import errno
 import importlib.util
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 from etils import epath
@@ -17,8 +19,6 @@ ERRNOS = {getattr(errno, name) for name in (
     "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "EEXIST", "EIO", "EFBIG", "ENAMETOOLONG",
     "ELOOP", "ENODEV", "ENXIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EMFILE", "ENFILE", "ETXTBSY", "EBUSY",
 ) if hasattr(errno, name)}  # fmt: skip
-
-
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 STORES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}  # and the library that reads each
 
@@ -52,6 +52,21 @@ def check_store(path: str | os.PathLike) -> None:
     """
     if is_remote(path) and importlib.util.find_spec(library := STORES[str(path).partition("://")[0]]) is None:
         raise ArgumentError(f"no library for this object store ({path}): pip install {library}")
+
+
+def without_backslash(folder: epath.Path) -> epath.Path:
+    """Return a name of a folder that has no backslash, which tensorstore would take for a slash.
+
+    Args:
+        folder: a local folder; it is created if it needs another name, which is a link to it.
+    """
+    if "\\" not in str(folder) or os.name == "nt":
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = tempfile.mkdtemp(prefix="jaxgpt-run-")
+    atexit.register(shutil.rmtree, aside, ignore_errors=True)
+    os.symlink(folder, alias := os.path.join(aside, folder.name))
+    return epath.Path(alias)
 
 
 def write(path: str | os.PathLike, text: str) -> None:

@@ -7,6 +7,7 @@ Any other name is refused before anything is called.
 """
 
 import collections
+import io
 import math
 import pathlib
 import pickle
@@ -150,19 +151,19 @@ class TorchFile:
         self.path = path
         remedy = "rewrite it with a recent PyTorch: torch.save(torch.load(FILE, weights_only=True), FILE)"
         try:
-            self._zip = zipfile.ZipFile(path)
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
         except zipfile.BadZipFile:
             raise CheckpointError(f"not PyTorch's zip archive ({path}): {remedy}") from None
         except OSError as error:
             raise CheckpointError(f"cannot read the file ({path}, {error.strerror}): restore it") from None
-        pickles = [name for name in self._zip.namelist() if name.endswith("/data.pkl")]
+        pickles = [name for name in names if name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise CheckpointError(f"not PyTorch's zip archive ({path}, {len(pickles)} data.pkl): {remedy}")
         self._folder = pickles[0].removesuffix("data.pkl")
-        if self._folder + "byteorder" in self._zip.namelist() and self._bytes("byteorder") != b"little":
+        if self._folder + "byteorder" in names and self._bytes("byteorder") != b"little":
             raise CheckpointError(f"written on a big-endian machine ({path}): save it again on a little-endian one")
-        with self._zip.open(pickles[0]) as file:
-            self.content = unpickle(file, path)
+        self.content = unpickle(io.BytesIO(self._bytes("data.pkl")), path)
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """Read the values of a tensor of `content`, as a read-only array.
@@ -179,13 +180,10 @@ class TorchFile:
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"damaged file ({self.path}, {_said(error)}): copy it again") from None
 
-    def close(self) -> None:
-        """Close the file."""
-        self._zip.close()
-
     def _bytes(self, name: str) -> bytes:
         try:
-            return self._zip.read(self._folder + name)
+            with zipfile.ZipFile(self.path) as archive:
+                return archive.read(self._folder + name)
         except (KeyError, zipfile.BadZipFile, OSError) as error:
             raise CheckpointError(f"damaged file ({self.path}, {_said(error)}): copy it again") from None
 

@@ -1,14 +1,11 @@
 """Checkpoints of a run directory: orbax writes the arrays, and a manifest, written last, makes a step valid."""
 
-import atexit
 import concurrent.futures
 import contextlib
 import itertools
 import math
 import os
 import pathlib
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Set
 from functools import cached_property
@@ -17,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 
+from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError, JaxgptWarning, shortened
 from jaxgpt.files import storage
 from jaxgpt.runs import manifest
@@ -54,14 +52,8 @@ class Checkpoints:
 
     @cached_property
     def _arrays(self) -> epath.Path:
-        """The directory by a name that orbax can use: its tensorstore takes a backslash for a slash."""
-        if "\\" not in str(self.directory) or os.name == "nt":
-            return self.directory
-        self.directory.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="jaxgpt-run-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        os.symlink(self.directory, alias := os.path.join(folder, "checkpoints"))
-        return epath.Path(alias)
+        """The directory by a name that orbax's tensorstore can use."""
+        return storage.without_backslash(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -259,7 +251,7 @@ class Checkpoints:
         try:
             return self._orbax.restore(self._arrays / str(step) / ARRAYS, args=request)
         except Exception as error:  # orbax and tensorstore raise many kinds
-            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError):
+            if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or processes.lost_peer(error):
                 raise
             first = shortened(str(error).strip().partition("\n")[0], 300)
             raise CheckpointError(

@@ -17,6 +17,7 @@ from jaxgpt.config import CONFIG, TOKENIZER, Config
 from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.files import storage
+from jaxgpt.runs import changes
 from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
 from jaxgpt.runs.loading import CHECKPOINTS, check_files, files_of, read_files, read_state, sha256
 from jaxgpt.step import TrainState
@@ -65,7 +66,7 @@ class RunDirectory:
         self.manifest = {} if self.step is None else self.checkpoints.manifest(self.step)
         self.changed = {}
         if config.run.resume == "changed" and "config" in self.manifest:
-            self.changed = configs.changes(self.manifest["config"], configs.flat(config))
+            self.changed = changes.changes(self.manifest["config"], configs.flat(config))
         if self.manifest.get("corpus_sha256") != corpus_sha256:
             self.manifest.pop("patience", None)  # losses of different texts cannot be compared
 
@@ -188,14 +189,14 @@ class RunDirectory:
             free: whether all may have changed but what its weights mean and which arrays its state has.
         """
         now, ours, run_dir = configs.flat(self.config), self._corpus_sha256, self.config.run.dir
-        fixed = configs.model_differences(before, now)
+        fixed = changes.model_differences(before, now)
         if bool(before.get(AVERAGE)) != bool(now[AVERAGE]):  # a state cannot gain or lose its average
             fixed.append(f"{AVERAGE} (was {before.get(AVERAGE, 0.0)}, now {now[AVERAGE]})")
         if not tokenizers.same(tokenizer, self._tokenizer):
             fixed.append(f"the tokenizer (its own: --data.tokenizer {run_dir}/{TOKENIZER})")
         different = fixed
         if not free:
-            different = configs.differences(before, now) + [each for each in fixed if each.startswith("the tokenizer")]
+            different = changes.differences(before, now) + [each for each in fixed if each.startswith("the tokenizer")]
             different += [] if text in (None, ours) else [f"the text itself, sha256 (was {text}, now {ours})"]
         if different:
             changed = "" if fixed else ", or continue it with these settings: --run.resume changed"

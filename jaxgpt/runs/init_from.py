@@ -10,11 +10,12 @@ import jax
 import optax
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.config import FREE, TOKENIZER, Config, ConfigError
+from jaxgpt.config import TOKENIZER, Config, ConfigError
 from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError
 from jaxgpt.init import state_of
 from jaxgpt.model import GPTConfig
+from jaxgpt.runs.changes import FREE
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files, read_weights
 from jaxgpt.step import TrainState

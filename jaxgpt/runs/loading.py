@@ -23,6 +23,7 @@ from jaxgpt.files import storage
 from jaxgpt.init import abstract, state_of
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer
+from jaxgpt.runs import changes
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.step import TrainState, params_of
 from jaxgpt.tokenizer import Tokenizer
@@ -186,7 +187,7 @@ def check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> 
         CheckpointError: the model's settings or the tokenizer are not those of the checkpoint.
     """
     now = configs.flat(config)
-    wrong = configs.model_differences(facts.get("config", now), now)
+    wrong = changes.model_differences(facts.get("config", now), now)
     found = sha256(folder / TOKENIZER)
     if found != facts.get("tokenizer_sha256", found):
         wrong.append(f"{TOKENIZER} (sha256 was {facts['tokenizer_sha256']}, now {found})")

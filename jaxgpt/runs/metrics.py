@@ -6,7 +6,9 @@ metrics.jsonl must be written; whatever else fails is left out with a warning, a
 
 import json
 import math
+import os
 import pathlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from jaxgpt.errors import JaxgptWarning, printable
 from jaxgpt.files.screen import Screen
 
+LINE = 1 << 20  # bytes that no record reaches
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
 
@@ -72,9 +75,9 @@ class JsonLines:
 
     def __init__(self, path: str | pathlib.Path):
         self._file = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        self._file.seek(0)
-        last = self._file.read().rpartition(b"\n")[2]
-        self._file.truncate(self._file.tell() - len(last))
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(size - LINE, 0))
+        self._file.truncate(size - len(self._file.read().rpartition(b"\n")[2]))
 
     def __call__(self, record: Record) -> None:
         # JSON has no NaN, so a number that is not finite becomes null
@@ -93,7 +96,7 @@ class Console:
     def __init__(self, steps: int):
         self._steps = steps
         self._tokens_per_step = 0
-        self._console = Screen()
+        self._console = Screen(sys.stdout)
         count, say = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), TextColumn("{task.fields[say]}")
         bar = Progress(count, BarColumn(), say, console=self._console, transient=True)
         self._bar = bar if self._console.is_terminal else None

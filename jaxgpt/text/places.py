@@ -8,8 +8,9 @@ from etils import epath
 
 from jaxgpt.data import DataError
 from jaxgpt.errors import JaxgptError, shortened
+from jaxgpt.files import storage
 
-STORES = "gs://, s3:// or az://"
+STORES = ", ".join(f"{name}://" for name in storage.STORES)
 
 
 def locate(name: str, flag: str) -> epath.Path:

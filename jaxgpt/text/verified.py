@@ -21,7 +21,9 @@ BLOCK_BYTES = 1 << 23
 
 def sha256_of(path: pathlib.Path, offset: int = 0) -> str:
     """Return the hex sha256 of a file from byte `offset` on."""
-    return scan(path, offset, np.dtype(np.uint8), 256)[0]
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def scan(path: pathlib.Path, offset: int, dtype: np.dtype, vocab_size: int) -> tuple[str, tuple[int, int] | None]:
@@ -42,12 +44,11 @@ def scan(path: pathlib.Path, offset: int, dtype: np.dtype, vocab_size: int) -> t
         file.seek(offset)
         while n := file.readinto(block):
             digest.update(memoryview(block)[:n])
-            if dtype.itemsize > 1 or vocab_size < 256:
-                tokens = np.frombuffer(block, dtype, n // dtype.itemsize)
-                if beyond is None and len(tokens) and tokens.max() >= vocab_size:
-                    first = int((tokens >= vocab_size).argmax())
-                    beyond = at + first, int(tokens[first])
-                at += len(tokens)
+            tokens = np.frombuffer(block, dtype, n // dtype.itemsize)
+            if beyond is None and len(tokens) and tokens.max() >= vocab_size:
+                first = int((tokens >= vocab_size).argmax())
+                beyond = at + first, int(tokens[first])
+            at += len(tokens)
     return digest.hexdigest(), beyond
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxgpt import step
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checks import Path
+from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import ConfigError
 from jaxgpt.data import DataConfig, DataError
 from jaxgpt.files.screen import Lenient
@@ -36,6 +36,9 @@ class EvalArgs:
     """Your own text file or prepared folder to use instead, read with the run's tokenizer."""
     step: Step = None
     """Step of the checkpoint; by default the one with the lowest validation loss."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def evaluate(args: EvalArgs) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxgpt import config as configs
 from jaxgpt import data, training
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checks import Path
+from jaxgpt.checks import Path, check_fields
 from jaxgpt.runs import report
 from jaxgpt.text import corpus
 from jaxgpt.tools import ngrams
@@ -37,6 +37,9 @@ class LadderArgs:
     """Named corpus: shakespeare, or tiny_shakespeare (the exact file of the lecture)."""
     path: Path | None = None
     """Your own text file to use instead."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def climb(args: LadderArgs) -> pathlib.Path:

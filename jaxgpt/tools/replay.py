@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jaxgpt import loop as loops
-from jaxgpt.checks import Path
+from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.data import DataError, inputs_and_targets
 from jaxgpt.devices import sharding
@@ -37,6 +37,9 @@ class ReplayArgs:
     """Run directory."""
     step: int
     """Step to repeat, as the error or metrics.jsonl names it; the first step is 1."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class Finding(NamedTuple):

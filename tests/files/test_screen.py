@@ -54,7 +54,7 @@ def test_a_character_that_cannot_be_shown_is_escaped(encoding):
 
 def test_there_may_be_no_stream_at_all(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    Screen().print("nobody")
+    Screen(sys.stdout).print("nobody")
     lenient = Lenient(None)
     lenient.flush()
     assert lenient.write("abc") == 3 and not lenient.isatty() and lenient.encoding == "utf-8"
@@ -67,7 +67,10 @@ def test_what_a_broken_pipe_holds_is_dropped():
     stream = os.fdopen(write, "w")
     stream.write("x" * 10)
     os.close(read)
+    with pytest.raises(BrokenPipeError):
+        stream.flush()
     flush_or_drop(stream)
-    stream.flush()  # it goes nowhere now
-    stream.close()
-    flush_or_drop(None)
+    assert os.fstat(stream.fileno()).st_rdev == os.stat(os.devnull).st_rdev
+    stream.write("y")
+    stream.close()  # which flushes: it goes nowhere now
+    assert flush_or_drop(None) is None

@@ -11,7 +11,7 @@ from gpt2_folder import SHAPES
 from safetensors.numpy import save_file
 
 from jaxgpt.errors import CheckpointError
-from jaxgpt.interop import weights
+from jaxgpt.interop import gpt2, weights
 
 
 @pytest.fixture
@@ -135,3 +135,12 @@ def test_a_type_that_numpy_lacks_is_refused(hf):
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
     with pytest.raises(CheckpointError, match="save the model in bfloat16"):
         weights.find(str(folder)).read("wte.weight")
+
+
+@pytest.mark.parametrize("attention", [0.0, 0.1, 0.3])
+def test_the_dropout_of_attention_comes_in_and_goes_out_as_gpt2_stores_it(attention):
+    stored = {"model_type": "gpt2", "resid_pdrop": 0.1, "attn_pdrop": attention, "embd_pdrop": 0.1}
+    config = gpt2.to_config(stored, 50)
+    assert (config.dropout, config.attention_rate) == (0.1, attention)
+    assert (config.attention_dropout is None) == (attention == 0.1)
+    assert {name: gpt2.from_config(config, None)[name] for name in stored} == stored

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from jaxgpt.config import RunConfig
+from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError
 from jaxgpt.files.storage import StorageError
 from jaxgpt.runs import manifest
@@ -315,3 +316,19 @@ def test_what_file_managers_leave_behind_is_no_damage(tmp_path, name):
     (tmp_path / "1" / "state" / name).write_text("x")
     (tmp_path / "1" / name).write_text("x")
     assert Checkpoints(tmp_path).find_damage(1) is None
+
+
+def test_an_error_about_a_lost_process_is_not_taken_for_one_about_the_checkpoint(tmp_path, monkeypatch):
+    saved(tmp_path, [1.0])
+
+    class Orbax:
+        def restore(self, *_, **__):
+            raise ValueError("Gloo all-reduce failed: Connection closed by peer")
+
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setitem(vars(checkpoints), "_orbax", Orbax())
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoints.restore(1, state(0))
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    with pytest.raises(ValueError, match=r"^Gloo"):
+        checkpoints.restore(1, state(0))

@@ -134,7 +134,8 @@ def test_changed_begins_a_run_where_there_is_none(trained, tmp_path):
 def test_the_flag_that_began_a_run_is_not_kept_in_its_config(trained, tmp_path):
     flags = [*trained[1], "--run.dir", str(tmp_path / "new"), "--train.steps", "10"]
     jaxgpt.train(load_config([*flags, "--run.resume", "never"]))
-    jaxgpt.train(load_config(["--config", str(tmp_path / "new" / "config.yaml")]))
+    again = load_config(["--config", str(tmp_path / "new" / "config.yaml")])
+    assert again.run.resume == "auto" and jaxgpt.train(again).step == 10
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute", "moved", "copied", "linked"])

@@ -63,6 +63,23 @@ def test_a_file_too_many_is_named_and_a_hidden_one_is_not_minded(trained_copy):
         manifest.verify(epath.Path(folder))
 
 
+def test_on_an_object_store_files_are_compared_by_size_and_not_read_again(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    (folder / "array").write_bytes(b"12345")
+    monkeypatch.setattr(manifest.storage, "is_remote", lambda path: True)
+    with monkeypatch.context() as patch:
+        opened = type(folder).open
+        names = []
+        patch.setattr(type(folder), "open", lambda self, *a, **k: names.append(self.name) or opened(self, *a, **k))
+        manifest.write(folder, {"step": 1})
+        manifest.verify(folder)
+        assert "array" not in names
+    assert manifest.read(folder)["files"] == {"array": {"size": 5, "sha256": None}}
+    (folder / "array").write_bytes(b"1234")
+    with pytest.raises(manifest.DamagedError, match="array has size 4, but was saved with 5"):
+        manifest.verify(folder)
+
+
 def test_a_file_that_may_not_be_read_is_not_taken_for_a_damaged_one(trained_copy, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -447,7 +447,8 @@ def test_what_another_program_wrote_is_not_taken_for_ours(corpus_of, tmp_path, n
 def test_a_kill_before_the_first_journal_is_there_leaves_a_folder_to_continue_in(corpus_of, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "journal.json.tmp").write_text('{"requ')
-    made(corpus_of(LINES))
+    _, tokens, ends = made(corpus_of(LINES))
+    assert len(ends) == len(LINES) + 1 and ends[-1] == len(tokens)
 
 
 def test_a_folder_with_something_else_in_it_is_not_touched(play, tmp_path):
@@ -528,5 +529,6 @@ def test_a_screen_that_shows_nothing_does_not_stop_the_work(tmp_path, monkeypatc
     (folder / "a]:smile:.txt").write_text("some text")
     args = PrepareArgs(str(folder / "a]:smile:.txt"), str(folder / "b]"), "char", workers=1)
     monkeypatch.setattr(sys, "stderr", screen)
-    made(args)
-    made(args)
+    for _ in range(2):  # the second time says that there is nothing to do
+        _, tokens, ends = made(args)
+        assert len(tokens) == len("some text") == ends[-1]

@@ -55,7 +55,9 @@ def error_of(call, *arguments):
 
 def test_a_folder_is_read_as_a_whole_once_and_again_when_it_changes(tmp_path, monkeypatch):
     path, read, scan = make_folder(tmp_path / "a", np.arange(1000, dtype=np.uint16)), [], verified.scan
+    hashed = token_folder.sha256_of
     monkeypatch.setattr(verified, "scan", lambda file, *rest: read.append(file.name) or scan(file, *rest))
+    monkeypatch.setattr(token_folder, "sha256_of", lambda file: read.append(file.name) or hashed(file))
     whole = ["tokens.npy", "tokenizer.json"]
 
     def open_again(again=False):
