@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from jaxgpt.errors import JaxgptError, JaxgptWarning, one_line
-from jaxgpt.flags import ConfigError, help_text, parse, split_flags
+from jaxgpt.settings.flags import ConfigError, help_text, parse, split_flags
 
 USAGE = """usage: jaxgpt COMMAND [flags]
 

@@ -13,15 +13,15 @@ from typing import Any, Literal
 import yaml
 from etils import epath
 
-from jaxgpt.checks import Path, check_fields, check_seed
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.processes import DistributedConfig
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.errors import ArgumentError, CheckpointError
 from jaxgpt.files import storage
-from jaxgpt.flags import ConfigError, check_name, fields, parse, split_flags
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig
+from jaxgpt.settings.checks import Path, check_fields, check_seed
+from jaxgpt.settings.flags import ConfigError, check_name, fields, parse, split_flags
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"  # in a run directory
 

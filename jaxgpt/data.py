@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.errors import ArgumentError, JaxgptError
+from jaxgpt.settings.checks import Path, check_fields
 
 
 class DataError(JaxgptError, ValueError):

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.checks import check_fields
 from jaxgpt.devices.attention import Kernel, causal
 from jaxgpt.devices.dropout import Dropout
 from jaxgpt.devices.matmul import project
@@ -19,6 +18,7 @@ from jaxgpt.devices.remat import Remat, call_block
 from jaxgpt.devices.sharding import pin_batch
 from jaxgpt.errors import ArgumentError
 from jaxgpt.layers import ACTIVATIONS, ModuleList, layer_norm, linear, replace, table, unchanged
+from jaxgpt.settings.checks import check_fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxgpt.checks import check_fields
 from jaxgpt.errors import ArgumentError
+from jaxgpt.settings.checks import check_fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.checks import check_key, check_number, check_prompt, check_stop
 from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
+from jaxgpt.settings.checks import check_key, check_number, check_prompt, check_stop
 
 NOISE = 1 << 26  # maximum number of random values drawn at a time
 LOOK = 64  # tokens after which `generate` looks whether all rows have had their stop token

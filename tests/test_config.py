@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import Config, GPTConfig, cli, flags, load_config, optim
+from jaxgpt import Config, GPTConfig, cli, load_config, optim
 from jaxgpt import config as configs
-from jaxgpt.checks import Path
 from jaxgpt.config import ConfigError
 from jaxgpt.data import DataConfig
 from jaxgpt.errors import ArgumentError
 from jaxgpt.interop.export import ExportArgs
 from jaxgpt.interop.importing import ImportArgs
 from jaxgpt.runs import changes
+from jaxgpt.settings import flags
+from jaxgpt.settings.checks import Path
 from jaxgpt.text.prepare import PrepareArgs
 from jaxgpt.tools.evaluate import EvalArgs
 from jaxgpt.tools.ladder import LadderArgs

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxgpt.checks import check_fields
 from jaxgpt.errors import ArgumentError, JaxgptError
+from jaxgpt.settings.checks import check_fields
 
 A = TypeVar("A")
 

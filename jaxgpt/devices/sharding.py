@@ -17,8 +17,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt.checks import check_fields
 from jaxgpt.errors import ArgumentError
+from jaxgpt.settings.checks import check_fields
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")

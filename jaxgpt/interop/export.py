@@ -15,7 +15,6 @@ from flax import nnx
 from jax import export as jax_export
 from safetensors.numpy import save_file
 
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import ConfigError
 from jaxgpt.devices.sharding import name_of
 from jaxgpt.files.download import DownloadError
@@ -23,6 +22,7 @@ from jaxgpt.init import abstract
 from jaxgpt.interop import gpt2, hf_tokenizer
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.runs.loading import Run, load
+from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.step import params_of
 
 TENSORS, CONFIG, PROGRAM = "model.safetensors", "config.json", "model.stablehlo"

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import Config, RunConfig, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.sharding import AXES
@@ -20,6 +19,7 @@ from jaxgpt.interop.weights import Weights, find
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer
 from jaxgpt.runs.directory import TOKENIZER, OtherRunError, open_run
+from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.tokenizer import CharTokenizer, Tokenizer, TokenizerError
 
 PAIR = ("vocab.json", "merges.txt")  # of a tokenizer without a tokenizer.json

@@ -19,13 +19,13 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.data import DataError
 from jaxgpt.devices import cores
 from jaxgpt.devices.stopping import Stopped, stop_requests
 from jaxgpt.errors import shortened
 from jaxgpt.files import lock, storage
 from jaxgpt.files.screen import Screen
+from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.text import documents, inputs, journal
 from jaxgpt.text.encoding import characters, encode
 from jaxgpt.text.inputs import File

@@ -10,11 +10,11 @@ import numpy as np
 
 from jaxgpt import step
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import ConfigError
 from jaxgpt.data import DataConfig, DataError
 from jaxgpt.files.screen import Lenient
 from jaxgpt.runs.loading import Step, load
+from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.text import source
 
 SPLITS = ("train", "val", "all")

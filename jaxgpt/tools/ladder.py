@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jaxgpt import config as configs
 from jaxgpt import data, training
 from jaxgpt import tokenizer as tokenizers
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.runs import report
+from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.text import corpus
 from jaxgpt.tools import ngrams
 

@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 
 from jaxgpt import loop as loops
-from jaxgpt.checks import Path, check_fields
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.data import DataError, inputs_and_targets
 from jaxgpt.devices import sharding
@@ -23,6 +22,7 @@ from jaxgpt.model import GPT
 from jaxgpt.runs import init_from, report
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files, read_state
+from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.step import DROPOUT, TRAIN, StepSpec, TrainState, build, loss_and_gradient, train_steps
 from jaxgpt.text.source import Source, open_source
 from jaxgpt.training import mesh_config, new_state, resolve, specify

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from jaxgpt import sampling
-from jaxgpt.checks import Path, Text, check_fields, check_seed
 from jaxgpt.config import ConfigError
 from jaxgpt.errors import ArgumentError, printable
 from jaxgpt.files.screen import Lenient
 from jaxgpt.runs.loading import Step, load
+from jaxgpt.settings.checks import Path, Text, check_fields, check_seed
 
 
 @dataclasses.dataclass(frozen=True)

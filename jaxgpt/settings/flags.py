@@ -12,8 +12,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxgpt.checks import WORDS, Text
 from jaxgpt.errors import ArgumentError, shortened
+from jaxgpt.settings.checks import WORDS, Text
 
 
 class ConfigError(ArgumentError):

@@ -1,0 +1,1 @@
+"""Settings and arguments: read from flags, and checked."""
