@@ -1,4 +1,4 @@
-"""New models: their shapes without weights, and their initial weights, drawn block by block."""
+"""New models: their shapes alone (abstract), and their initial weights, drawn block by block."""
 
 from functools import partial
 from typing import Any
@@ -75,7 +75,7 @@ def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
     Returns:
         A nested dict of float32 arrays.
     """
-    params = _around_blocks(key, config)
+    params = _outside_blocks(key, config)
     if config.n_layer:
         tables = 1 + (config.positions == "learned")
         per_block = len(jax.tree.leaves(jax.eval_shape(partial(_block, config=config), key, 0)))
@@ -84,8 +84,8 @@ def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
 
 
 @partial(jax.jit, static_argnames="config")
-def _around_blocks(key: jax.Array, config: GPTConfig) -> dict[str, Any]:
-    """All parameters except those of the blocks, which XLA then leaves out."""
+def _outside_blocks(key: jax.Array, config: GPTConfig) -> dict[str, Any]:
+    """All parameters outside the blocks; XLA removes the computation of the others, which nothing uses."""
     params = params_of(GPT(config, rngs=Draws(key)))
     return sharding.pin({name: part for name, part in params.items() if name != "blocks"})
 

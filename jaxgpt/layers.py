@@ -1,26 +1,33 @@
 """The layers that the model is built of, with their initial weights: tables, linear layers, norms, activations."""
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxgpt.devices.matmul import named_matmul
+from jaxgpt.gpt_config import GPTConfig
 
 INIT_STDDEV = 0.02  # GPT-2's value, which the lecture adopts at its end
-LAYER_NORM_EPSILON = 1e-5  # as in PyTorch and GPT-2; Flax defaults to 1e-6
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # erf form, torch.nn.GELU()
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),  # GPT-2's
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, "Primer"
+    "silu": jax.nn.silu,  # Llama's
 }
 ModuleList = getattr(nnx, "List", list)  # Flax 0.11 has no nnx.List and accepts a plain list
 
 # cached, because an initializer is a static attribute of its layer: a new function object forces a recompilation
 _normal = functools.cache(nnx.initializers.normal)
 _uniform = functools.cache(lambda bound: functools.partial(jax.random.uniform, minval=-bound, maxval=bound))
+_zeros = nnx.initializers.zeros_init()
 
 
 def table(rows: int, channels: int, init: str, rngs: nnx.Rngs) -> nnx.Embed:
@@ -54,6 +61,19 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x).astype(x.dtype)
 
 
+class RMSNorm(nnx.RMSNorm):
+    """Vectors scaled to a mean square of 1, then by a learned scale if there is one; computed in float32.
+
+    Source: Zhang and Sennrich 2019, "Root mean square layer normalization".
+    """
+
+    def __call__(self, x):
+        """(..., C) -> (..., C) in the dtype of x."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y if self.scale is None else y * self.scale[...]).astype(x.dtype)
+
+
 def linear(inputs: int, outputs: int, bias: bool, init: str, rngs: nnx.Rngs, scale: float = 1.0) -> Linear:
     """Make a linear layer: (..., inputs) -> (..., outputs).
 
@@ -63,33 +83,136 @@ def linear(inputs: int, outputs: int, bias: bool, init: str, rngs: nnx.Rngs, sca
         bias: whether it adds a bias vector.
         init: `GPTConfig.init`.
         rngs: source of the initial weights.
-        scale: factor of the initial standard deviation; PyTorch's defaults have none.
+        scale: factor of the initial standard deviation, which may be 0; PyTorch's defaults have none.
     """
-    kernel_init, bias_init = _normal(INIT_STDDEV * scale), nnx.initializers.zeros_init()
+    kernel_init, bias_init = _normal(INIT_STDDEV * scale), _zeros
     if init == "torch":
         kernel_init = bias_init = _uniform(inputs**-0.5)
+    elif init == "zero":
+        kernel_init = _uniform((3 / inputs) ** 0.5) if scale else _zeros  # a variance of 1 / inputs
     options = {"kernel_init": kernel_init, "bias_init": bias_init}
     return Linear(inputs, outputs, use_bias=bias, rngs=rngs, **options)
 
 
-def layer_norm(channels: int, bias: bool, rngs: nnx.Rngs) -> LayerNorm:
-    """Make a layer norm: (..., channels) -> the same shape, each vector with mean 0 and variance 1, then scaled.
+def into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    """Make the linear layer at the end of a branch, which projects its output into the residual stream.
 
     Args:
-        channels: C.
-        bias: whether it adds a bias vector.
+        config: says whether there is one, and with which bias and initial weights.
+        inputs: channels of the branch.
+        rngs: source of the initial weights.
+    """
+    if not config.projection:
+        return unchanged
+    scale = {"scaled": (2 * config.n_layer) ** -0.5, "zero": 0.0}.get(config.init, 1.0)
+    return linear(inputs, config.width, has_bias(config), config.init, rngs, scale)
+
+
+def has_bias(config: GPTConfig) -> bool:
+    """Whether the layers other than query, key and value have bias vectors."""
+    return config.bias in ("all", "no_qkv")
+
+
+def norm(config: GPTConfig, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    """Make a norm of the stream: (..., C) -> the same shape, each vector normalised.
+
+    Args:
+        config: says which.
         rngs: needed by Flax; the initial scale is 1.
     """
+    options = {"epsilon": config.norm_eps, "use_scale": config.norm_weight, "rngs": rngs}
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, **options)
     # the fast variance, E[x^2] - E[x]^2, loses digits when the mean is large
-    options = {"epsilon": LAYER_NORM_EPSILON, "use_fast_variance": False}
-    return LayerNorm(channels, use_bias=bias, rngs=rngs, **options)
+    options |= {"use_bias": has_bias(config), "use_fast_variance": False}
+    return unchanged if config.norm == "none" else LayerNorm(config.width, **options)
 
 
-def unchanged(x: jax.Array) -> jax.Array:
-    """The layer that does nothing, in place of one that is switched off."""
+def head_norm(config: GPTConfig, rngs: nnx.Rngs) -> Callable[[jax.Array], jax.Array]:
+    """Make the norm of each head's queries or keys, which bounds their scores: (..., D) -> the same shape.
+
+    Args:
+        config: says whether there is one.
+        rngs: needed by Flax; the initial scale is 1.
+
+    Source: Henry et al. 2020, "Query-key normalization for transformers"; with RMSNorm, as in Qwen3.
+    """
+    options = {"epsilon": config.norm_eps, "use_scale": config.norm_weight, "rngs": rngs}
+    return RMSNorm(config.channels_per_head, **options) if config.qk_norm else unchanged
+
+
+@dataclasses.dataclass(frozen=True)  # a static attribute: equal settings must compare equal, or the model recompiles
+class Rotary:
+    """Rotate each pair of channels of queries and keys by an angle that grows with the token's position.
+
+    The score of a query and a key then depends on the distance between them only. Channel i is paired with i + D/2.
+
+    Source: Su et al. 2021, "RoFormer"; for llama3, the Llama 3.1 models, as in transformers' modeling_rope_utils.
+    """
+
+    theta: float
+    scaling: str
+    factor: float
+    low_freq: float
+    high_freq: float
+    original_size: int
+
+    def frequencies(self, D: int) -> np.ndarray:
+        """Compute the angle by which each pair turns from one token to the next: (D/2,) float64, in radians."""
+        frequencies = self.theta ** (-np.arange(0, D, 2) / D)
+        if self.scaling == "none":
+            return frequencies
+        kept = 0.0  # the part of a frequency that is not divided
+        if self.scaling == "llama3":
+            turns = self.original_size * frequencies / (2 * math.pi)  # within the original context
+            kept = np.clip((turns - self.low_freq) / (self.high_freq - self.low_freq), 0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / self.factor
+
+    def __call__(self, heads: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+        """Rotate queries or keys.
+
+        Args:
+            heads: (..., T, D), D even.
+            start: () integer, the position of the first token.
+
+        Returns:
+            The same shape and dtype; computed in float32, because bfloat16 does not tell large positions apart.
+        """
+        T, D = heads.shape[-2:]
+        positions = (start + jnp.arange(T)).astype(jnp.float32)
+        angles = positions[:, None] * jnp.asarray(self.frequencies(D), jnp.float32)  # (T, D/2)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        a, b = jnp.split(heads, 2, axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(heads.dtype)
+
+
+def rotation(config: GPTConfig) -> Callable[..., jax.Array]:
+    """Make the rotation of queries and keys, or what leaves them as they are."""
+    if config.positions != "rope":
+        return unchanged
+    fields = ("theta", "scaling", "factor", "low_freq", "high_freq", "original_size")
+    return Rotary(*(getattr(config, f"rope_{name}") for name in fields))
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftCap:
+    """Bound logits smoothly to (-bound, bound).
+
+    Source: Gemma Team 2024, "Gemma 2", section 2.
+    """
+
+    bound: float
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        """(...) float32 -> (...) float32."""
+        return self.bound * jnp.tanh(logits / self.bound)
+
+
+def unchanged(x: jax.Array, *_) -> jax.Array:
+    """The identity, in place of a layer that is switched off."""
     return x
 
 
 def replace(stream: jax.Array, branch: jax.Array) -> jax.Array:
-    """Take the output of a branch in place of the stream, in place of the sum when residuals are switched off."""
+    """Return the output of a branch instead of its sum with the stream, where skip connections are switched off."""
     return branch

@@ -1,171 +1,127 @@
 """One Flax model with switches, for every rung of the lecture and for GPT-2.
 
-Shapes in all files: B batch, T query time, S key time, C channels (n_embd), H heads, D head size, V vocabulary.
+Shapes in all files: B batch, T query time, S key time, C channels (n_embd), H heads, K heads of keys and values, D head
+size, V vocabulary. What a switch replaces is made in layers.py.
 """
 
-import dataclasses
 import operator
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxgpt.devices.attention import Kernel, causal
+from jaxgpt.devices.attention import causal
 from jaxgpt.devices.dropout import Dropout
 from jaxgpt.devices.matmul import project
-from jaxgpt.devices.remat import Remat, call_block
+from jaxgpt.devices.remat import call_block
 from jaxgpt.devices.sharding import pin_batch
 from jaxgpt.errors import ArgumentError
-from jaxgpt.layers import ACTIVATIONS, ModuleList, layer_norm, linear, replace, table, unchanged
-from jaxgpt.settings.checks import check_fields
-
-
-@dataclasses.dataclass(frozen=True)
-class GPTConfig:
-    """Sizes and switches of the model; the switches default to the lecture's finished GPT."""
-
-    vocab_size: int = 0
-    """Number of token ids; 0 = as many as the tokenizer has."""
-    block_size: int = 64
-    """Maximum context length in tokens."""
-    n_layer: int = 4
-    """Number of blocks; 0 leaves only the embedding tables and the head."""
-    n_head: int = 4
-    """Attention heads per block."""
-    n_embd: int = 128
-    """Channels of the residual stream; 0 = vocab_size (the bigram model, whose token table holds the logits)."""
-    dropout: float = 0.0
-    """Probability of zeroing attention weights and branch outputs, in [0, 1), rounded to the nearest 1/256."""
-    attention_dropout: float | None = None
-    """Probability of zeroing attention weights; none = dropout. With 0, fused attention kernels can train."""
-    positions: Literal["learned", "none"] = "learned"
-    """Position information: a learned embedding table, or none."""
-    lm_head: Literal["linear", "tied", "none"] = "linear"
-    """Source of the logits: a linear layer, the token table (tied, GPT-2), or the stream itself (none, bigram)."""
-    mlp_ratio: int = 4
-    """Hidden channels of the feed-forward layer as a multiple of n_embd; 0 = no feed-forward layer."""
-    projection: bool = True
-    """Linear layers that project attention and feed-forward outputs back into the residual stream."""
-    residual: bool = True
-    """Skip connections around the attention and feed-forward layers."""
-    norm: Literal["layernorm", "none"] = "layernorm"
-    """Layer norm before the attention layer, the feed-forward layer and the head, or none."""
-    activation: Literal["relu", "gelu", "gelu_tanh"] = "relu"
-    """Feed-forward nonlinearity: relu (lecture), gelu (erf form, nanoGPT), gelu_tanh (GPT-2)."""
-    bias: Literal["all", "no_qkv", "none"] = "no_qkv"
-    """Bias vectors in all layers (GPT-2), in all but query, key and value (no_qkv, lecture), or in none (nanoGPT)."""
-    embedding_dropout: bool = False
-    """Also apply dropout to the embeddings (GPT-2)."""
-    init: Literal["normal", "scaled", "torch"] = "normal"
-    """Initial weights: normal; scaled = normal, divided by sqrt(2 n_layer) in projections into the stream (GPT-2);
-    torch = PyTorch's defaults, which the lecture uses until its last rungs."""
-    attention: Kernel = "auto"
-    """Attention kernel: xla (the lecture's lines), cudnn (NVIDIA GPU, bfloat16), splash (TPU), or auto (cudnn or splash
-    where supported, else xla). Attention dropout, and what a kernel does not take, always use xla."""
-    remat: Remat = "none"
-    """Recompute in the backward pass to save memory: nothing, all but weight matmuls (dots), or whole blocks (full)."""
-
-    def __post_init__(self):
-        check_fields(self)
-        for name, minimum in (("vocab_size", 0), ("block_size", 1), ("n_layer", 0), ("n_head", 1), ("n_embd", 0)):
-            if getattr(self, name) < minimum:
-                raise ArgumentError(f"{name} is {getattr(self, name)}: use {minimum} or more")
-        for name in ("dropout", "attention_dropout"):
-            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
-                probability = "use a probability from 0 up to but not including 1"
-                raise ArgumentError(f"{name} is {getattr(self, name)}: {probability}")
-        if self.n_layer and self.n_embd % self.n_head:
-            raise ArgumentError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}: change one of them")
-        if self.mlp_ratio < 0 or (self.mlp_ratio > 1 and not self.projection):
-            raise ArgumentError(f"mlp_ratio is {self.mlp_ratio}: use 0 or more, and at most 1 without projection")
-        if self.lm_head == "none" and self.vocab_size and self.width != self.vocab_size:
-            raise ArgumentError(f"lm_head none takes the stream as logits, but n_embd is {self.n_embd}: use n_embd 0")
-
-    @property
-    def width(self) -> int:
-        """Channels C of the residual stream."""
-        return self.n_embd or self.vocab_size
-
-    @property
-    def attention_rate(self) -> float:
-        """Probability of zeroing attention weights: attention_dropout, or dropout if that is not set."""
-        return self.dropout if self.attention_dropout is None else self.attention_dropout
-
-    @property
-    def block_parameters(self) -> int:
-        """Approximate parameter count of all blocks: their matrices, for the usual feed-forward width."""
-        return 12 * self.n_layer * self.width**2
+from jaxgpt.gpt_config import GPTConfig as GPTConfig  # exported: also importable from here
+from jaxgpt.layers import (
+    ACTIVATIONS,
+    ModuleList,
+    SoftCap,
+    has_bias,
+    head_norm,
+    into_stream,
+    linear,
+    norm,
+    replace,
+    rotation,
+    table,
+    unchanged,
+)
 
 
 class Cache(NamedTuple):
     """The keys and values of earlier tokens, for decoding one token at a time.
 
-    `layers` holds two (B * H, S, D) arrays per layer, the keys and the values. Their first `length` () int32 positions
-    are filled. (XLA's CPU backend would copy (B, H, S, D) arrays for every token.)
+    `layers` holds two (B * K, S, D) arrays per layer, the keys, rotated to their positions, and the values. `length` ()
+    int32 tokens were put in, token p at place p mod S, so that a full cache holds the last S of them. (XLA's CPU
+    backend would copy (B, K, S, D) arrays for every token.)
     """
 
     layers: tuple[tuple[jax.Array, jax.Array], ...]
     length: jax.Array
 
 
-def _into_stream(config: GPTConfig, inputs: int, rngs: nnx.Rngs):
-    """The linear layer at the end of a branch, which projects its output into the residual stream."""
-    scale = (2 * config.n_layer) ** -0.5 if config.init == "scaled" else 1.0
-    return linear(inputs, config.width, config.bias != "none", config.init, rngs, scale)
-
-
-def _norm(config: GPTConfig, rngs: nnx.Rngs):
-    return unchanged if config.norm == "none" else layer_norm(config.width, config.bias != "none", rngs)
-
-
 class Attention(nnx.Module):
     """Causal self-attention with H heads: the tokens communicate.
 
-    Source: Vaswani et al. 2017, "Attention is all you need", section 3.2.
+    Source: Vaswani et al. 2017, "Attention is all you need", section 3.2. With fewer heads of keys and values than of
+    queries: Ainslie et al. 2023, "GQA".
     """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        C = config.width
-        self.n_head, self.kernel = config.n_head, config.attention
-        self.query, self.key, self.value = (linear(C, C, config.bias == "all", config.init, rngs) for _ in range(3))
+        H, K, D = config.n_head, config.kv_heads, config.channels_per_head
+        self.head_size, self.kernel, self.window = D, config.attention, config.sliding_window
+        bias = config.bias in ("all", "qkv")
+        self.query, self.key, self.value = (
+            linear(config.width, heads * D, bias, config.init, rngs) for heads in (H, K, K)
+        )
         self.dropout = Dropout(config.attention_rate)
-        self.proj = _into_stream(config, C, rngs) if config.projection else unchanged
+        self.proj = into_stream(config, H * D, rngs)
+        self.query_norm, self.key_norm = head_norm(config, rngs), head_norm(config, rngs)
+        self.rotate = rotation(config)
+        tables = config.value_embeddings
+        self.value_embedding_table = table(config.vocab_size, K * D, config.init, rngs) if tables else None
 
-    def __call__(self, x, keys_values=None, start=0, rngs=None):
+    def __call__(self, x, keys_values=None, start=0, rngs=None, documents=None, tokens=None):
         """Let each token attend to itself and to the tokens before it.
 
         Args:
             x: (B, T, C), the normalised stream.
-            keys_values: those of earlier tokens, two (B * H, S, D) arrays with room for these T; None = there are none.
+            keys_values: those of earlier tokens, two (B * K, S, D) arrays with room for these T; None = there are none.
             start: () integer, the position of the first of the T tokens in `keys_values`.
             rngs: source of the dropout masks; None switches dropout off.
+            documents: (B, T) integers; a token attends only to tokens of its own document. None = all are one.
+            tokens: (B, T) integers; only value embeddings need them.
 
         Returns:
-            (B, T, C), and the keys and values that the queries could see, each (B * H, S, D).
+            (B, T, C), and the keys and values that the queries could see, each (B * K, S, D).
         """
-        B, T, C = x.shape
-        q, k, v = (self._heads(layer(x)) for layer in (self.query, self.key, self.value))
+        B, T, _ = x.shape
+        q = self.rotate(self.query_norm(self._heads(self.query(x))), start)
+        k = self.rotate(self.key_norm(self._heads(self.key(x))), start)
+        v = self.value(x)
+        if self.value_embedding_table is not None:
+            v = (v + self.value_embedding_table(pin_batch(tokens))).astype(x.dtype)
+        v = self._heads(v)
         kv = self._flat(k), self._flat(v)
-        if keys_values is not None:
-            kv = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, start, 1) for pair in zip(keys_values, kv))
-            out = self._attend(self._flat(q), *kv, start, rngs)
+        if keys_values is not None:  # decoding: the new keys and values go behind the earlier ones
+            place = start % keys_values[0].shape[1]
+            kv = tuple(jax.lax.dynamic_update_slice_in_dim(*pair, place, 1) for pair in zip(keys_values, kv))
+            out = self._attend(self._flat(q), *kv, None, start, rngs)
         elif rngs is not None and self.dropout.rate:
-            out = self._attend(q, k, v, start, rngs)
+            out = self._attend(q, k, v, documents, start, rngs)
         else:
-            out = causal(q, k, v, self.kernel, plain=self._attend)
-        out = out.reshape(B, self.n_head, T, -1).swapaxes(1, 2).reshape(B, T, C)  # the heads are concatenated
+            out = causal(q, k, v, self.kernel, self._attend, self.window, documents)
+        out = out.reshape(B, -1, T, self.head_size).swapaxes(1, 2).reshape(B, T, -1)  # the heads are concatenated
         return self.proj(out), kv
 
-    def _attend(self, q, k, v, start=0, rngs=None):  # (..., T, D), (..., S, D) -> (..., T, D)
-        T, S = q.shape[-2], k.shape[-2]
-        scores = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        visible = jnp.arange(S) <= start + jnp.arange(T)[:, None]  # (T, S): a lower triangle
+    def _attend(self, q, k, v, documents=None, start=0, rngs=None):  # (..., H, T, D), (..., K, S, D) -> (..., H, T, D)
+        T, (S, D), n = q.shape[-2], k.shape[-2:], q.shape[-3] // k.shape[-3]
+        rows = q.reshape(*k.shape[:-2], n * T, D)  # the n query heads that share keys are rows of one product
+        scores = jnp.einsum("...td,...sd->...ts", rows, k, preferred_element_type=jnp.float32) * D**-0.5
+        visible = jnp.concatenate([self._visible(documents, start, T, S)] * n, axis=-2)
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(q.dtype)
-        return jnp.einsum("...ts,...sd->...td", self.dropout(weights, rngs), v)
+        return jnp.einsum("...ts,...sd->...td", self.dropout(weights, rngs), v).reshape(q.shape)
+
+    def _visible(self, documents, start, T, S):  # -> (T, S), or with documents (B, 1, T, S)
+        keys, queries = jnp.arange(S), start + jnp.arange(T)[:, None]
+        visible = keys <= queries  # a lower triangle
+        if T == 1:  # a full cache holds the last S tokens: the position of the one at each place, below 0 if none is
+            keys = queries - (queries - keys) % S
+            visible = keys >= 0
+        if self.window:
+            visible &= keys > queries - self.window
+        if documents is not None:
+            visible &= documents[:, None, :, None] == documents[:, None, None, :]
+        return visible
 
     def _heads(self, x):  # (B, T, C) -> (B, H, T, D)
-        return x.reshape(*x.shape[:2], self.n_head, -1).swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_size).swapaxes(1, 2)
 
     def _flat(self, heads):  # (B, H, T, D) -> (B * H, T, D)
         return heads.reshape(-1, *heads.shape[2:])
@@ -175,10 +131,9 @@ class MLP(nnx.Module):
     """The feed-forward layer: each token computes on its own."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        C, hidden = config.width, config.mlp_ratio * config.width
-        self.fc = linear(C, hidden, config.bias != "none", config.init, rngs)
+        self.fc = linear(config.width, config.hidden, has_bias(config), config.init, rngs)
         self.activation = ACTIVATIONS[config.activation]
-        self.proj = _into_stream(config, hidden, rngs) if config.projection else unchanged
+        self.proj = into_stream(config, config.hidden, rngs)
 
     def __call__(self, x):
         """Transform each token.
@@ -192,28 +147,44 @@ class MLP(nnx.Module):
         return self.proj(self.activation(self.fc(x)))
 
 
+class GatedMLP(MLP):
+    """A feed-forward layer whose hidden channels are multiplied by a gate.
+
+    Source: Shazeer 2020, "GLU variants improve transformer".
+    """
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        self.gate = linear(config.width, config.hidden, has_bias(config), config.init, rngs)
+
+    def __call__(self, x):
+        """Like `MLP`."""
+        return self.proj(self.activation(self.gate(x)) * self.fc(x))
+
+
 class Block(nnx.Module):
     """A transformer block: communication (attention), then computation (feed-forward)."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.ln_1 = _norm(config, rngs)
+        self.ln_1 = norm(config, rngs)
         self.attn = Attention(config, rngs=rngs)
-        self.ln_2 = _norm(config, rngs)
-        self.mlp = MLP(config, rngs=rngs) if config.mlp_ratio else None
+        self.ln_2 = norm(config, rngs)
+        feed_forward = GatedMLP if config.gated else MLP
+        self.mlp = feed_forward(config, rngs=rngs) if config.mlp_ratio else None
         self.dropout = Dropout(config.dropout)
         self.join = operator.add if config.residual else replace
 
-    def __call__(self, x, keys_values=None, start=0, rngs=None):
+    def __call__(self, x, keys_values=None, start=0, rngs=None, documents=None, tokens=None):
         """Let the tokens communicate, then let each compute.
 
         Args:
             x: (B, T, C), the stream.
-            keys_values, start, rngs: as for `Attention`.
+            keys_values, start, rngs, documents, tokens: as for `Attention`.
 
         Returns:
             The stream after the block, (B, T, C), and the keys and values of its attention layer.
         """
-        attended, keys_values = self.attn(self.ln_1(x), keys_values, start, rngs)
+        attended, keys_values = self.attn(self.ln_1(x), keys_values, start, rngs, documents, tokens)
         x = self.join(x, self.dropout(attended, rngs))
         if self.mlp is not None:
             x = self.join(x, self.dropout(self.mlp(self.ln_2(x)), rngs))
@@ -237,32 +208,38 @@ class GPT(nnx.Module):
         self.position_embedding_table = table(config.block_size, C, config.init, rngs) if learned else None
         self.dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = ModuleList([Block(config, rngs=rngs) for _ in range(config.n_layer)])
-        self.ln_f = _norm(config, rngs)
+        self.ln_f = norm(config, rngs)
         linear_head = config.lm_head == "linear"
-        self.lm_head = linear(C, V, config.bias != "none", config.init, rngs) if linear_head else None
+        self.lm_head = linear(C, V, has_bias(config), config.init, rngs) if linear_head else None
+        self.embedding_norm = norm(config, rngs) if config.embedding_norm else unchanged
+        self.softcap = SoftCap(config.logit_softcap) if config.logit_softcap else unchanged
 
-    def __call__(self, tokens: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, *, documents: jax.Array | None = None, rngs: nnx.Rngs | None = None
+    ) -> jax.Array:
         """Compute the logits of the next token at every position.
 
         Args:
             tokens: (B, T) integers in [0, vocab_size), T at most block_size.
+            documents: (B, T) integers; a token attends only to tokens of its own document. None = all are one.
             rngs: source of the dropout masks; None switches dropout off.
 
         Returns:
             (B, T, V) float32 logits.
 
         Raises:
-            ArgumentError: the tokens are no (B, T) array of integers, or T is greater than block_size.
+            ArgumentError: the tokens are not a (B, T) array of integers, T is greater than block_size, or the documents
+                have another shape or come with a cache.
         """
-        x, _ = self.hidden(tokens, rngs=rngs)
+        x, _ = self.hidden(tokens, documents=documents, rngs=rngs)
         return self.logits(x)
 
-    def hidden(self, tokens: jax.Array, cache: Cache | None = None, *, rngs: nnx.Rngs | None = None):
+    def hidden(self, tokens: jax.Array, cache: Cache | None = None, *, documents=None, rngs: nnx.Rngs | None = None):
         """Compute the stream that the head reads.
 
         Args:
-            tokens, rngs: as for `__call__`.
-            cache: the tokens before these; the caller keeps cache.length + T within block_size.
+            tokens, documents, rngs: as for `__call__`.
+            cache: the tokens before these; it must have room for all T, unless T is 1.
 
         Returns:
             (B, T, C), and the Cache including these tokens.
@@ -270,16 +247,22 @@ class GPT(nnx.Module):
         Raises:
             ArgumentError: as for `__call__`.
         """
-        T = self._length(tokens)
+        T = self._checked_length(tokens)
+        if documents is not None and (cache is not None or jnp.shape(documents) != tokens.shape):
+            raise ArgumentError(
+                f"documents of shape {jnp.shape(documents)}, {'no' if cache is None else 'a'} cache: "
+                f"pass one for each token, {tokens.shape}, and no cache"
+            )
         start = jnp.int32(0) if cache is None else cache.length
+        # pin_batch: on a mesh, each device keeps its rows of the batch; elsewhere it is the identity
         x = pin_batch(self.dropout(self.embed(tokens, start), rngs))
         layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
-            x, layers[i] = call_block(block, x, layers[i], start, rngs, self.config.remat)
+            x, layers[i] = call_block(block, x, layers[i], start, rngs, self.config.remat, documents, tokens)
             x = pin_batch(x)
         return self.ln_f(x), Cache(tuple(layers), start + T)
 
-    def _length(self, tokens) -> int:
+    def _checked_length(self, tokens) -> int:
         if getattr(tokens, "ndim", None) != 2 or not jnp.issubdtype(getattr(tokens, "dtype", None), jnp.integer):
             kind = f"{getattr(tokens, 'dtype', type(tokens).__name__)} of shape {getattr(tokens, 'shape', '?')}"
             raise ArgumentError(f"tokens are {kind}: pass an array of integers (B, T), such as ids[None]")
@@ -296,27 +279,33 @@ class GPT(nnx.Module):
             start: () integer, the position of the first token.
 
         Returns:
-            The sum of both embeddings, (B, T, C), rounded to `dtype`.
+            The sum of both embeddings, normalised if a switch says so: (B, T, C), rounded to `dtype`.
         """
         x = self.token_embedding_table(pin_batch(tokens))
         if self.position_embedding_table is not None:
             x = x + self.position_embedding_table(start + jnp.arange(tokens.shape[1]))
+        x = self.embedding_norm(x)
         return x if self.dtype is None else x.astype(self.dtype)
 
-    def logits(self, x: jax.Array) -> jax.Array:
+    def logits(self, x: jax.Array, padded: bool = False) -> jax.Array:
         """Apply the head.
 
         Args:
             x: (B, T, C), from `hidden`.
+            padded: on a mesh, the tables may be padded: keep the logits of the padding, as -inf. Cutting them off, and
+                their gradient, would copy all logits.
 
         Returns:
-            (B, T, V) float32.
+            (B, T, V) float32, or a larger V if `padded`.
         """
         if self.config.lm_head == "none":
-            return x.astype(jnp.float32)
-        if self.lm_head is None:
+            logits = x.astype(jnp.float32)
+        elif self.lm_head is None:
             logits = project("btc,vc->btv", x, self.token_embedding_table.embedding[...])
         else:
             logits, bias = project("btc,cv->btv", x, self.lm_head.kernel[...]), self.lm_head.bias
             logits = logits if bias is None else logits + bias[...]
-        return logits[..., : self.config.vocab_size]  # on a mesh, the tables may be padded
+        V, logits = self.config.vocab_size, self.softcap(logits)
+        if padded and logits.shape[-1] > V:
+            return jnp.where(jnp.arange(logits.shape[-1]) < V, logits, -jnp.inf)
+        return logits[..., :V]

@@ -29,7 +29,7 @@ from jaxgpt.text.source import Source, describe, open_source
 
 
 def train(config: Config) -> Run:
-    """Train as the configuration says, or continue the run that is in its directory.
+    """Train a new run, or continue the one in the run directory.
 
     Args:
         config: from `load_config`.
@@ -38,7 +38,7 @@ def train(config: Config) -> Run:
         The run at its last step.
 
     Raises:
-        JaxgptError: data, configuration, mesh or run directory do not fit; the subclasses say which.
+        JaxgptError: the data, the configuration, the mesh or the run directory cannot be used; the subclass says which.
         NonFiniteError: the loss or the gradient was not finite; the last checkpoint is from before that.
         Stopped: a signal came; the run is saved, and the same call continues it.
         BusyError: another process trains in the run directory.
@@ -47,16 +47,16 @@ def train(config: Config) -> Run:
     if not isinstance(config, Config):
         raise ConfigError(f"not a configuration ({type(config).__name__}): pass what `jaxgpt.load_config` returns")
     started = time.perf_counter()
-    with _claim(config) as mesh, contextlib.ExitStack() as stack:
+    with _mesh_and_lock(config) as mesh, contextlib.ExitStack() as stack:
         source = open_source(config.data)
         config = resolve(config, source.tokenizer.vocab_size)
         spec, shapes = specify(config, mesh)
         run = open_run(config, source.tokenizer, source.sha256)
         stack.callback(run.close)
         source.split(mesh, config.model.block_size)
-        weights = init_from.check(config, source.tokenizer) if run.step is None else None
+        donor = init_from.check(config, source.tokenizer) if run.step is None else None
         run.begin(shapes)
-        state = new_state(config, weights, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
+        state = new_state(config, donor, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
         emit = stack.enter_context(_sinks(run))
         start = start_record(config, mesh, source, state)
         emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"]), "changed": run.changed})
@@ -66,16 +66,16 @@ def train(config: Config) -> Run:
             state = loop.run(state, stop_request)
         loss = evaluate(cast(averaged(state), spec), source.pieces("val"), chunks=spec.loss_chunks)
         run.checkpoints.wait()  # "done" is printed only once everything is safe
-        spent, last = time.perf_counter() - started, int(state.step)
+        elapsed, last = time.perf_counter() - started, int(state.step)
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
-              "elapsed_s": spent, "run_dir": config.run.dir, "sample": loop.sample(state, last)})  # fmt: skip
+              "elapsed_s": elapsed, "run_dir": config.run.dir, "sample": loop.sample(state, last)})  # fmt: skip
     model = nnx.merge(spec.graphdef, averaged(state))
     return Run(run.folder, config, source.tokenizer, model, last, source.sha256)
 
 
 @contextlib.contextmanager
-def _claim(config: Config) -> Iterator[Mesh]:
-    """The mesh of a run, whose directory belongs to this process (or to the first of several) meanwhile."""
+def _mesh_and_lock(config: Config) -> Iterator[Mesh]:
+    """Make the mesh of a run, and hold the lock of its directory meanwhile (in the first of several processes)."""
     if config.train.deterministic:
         chips.repeatable_sums()
     processes.join(config.distributed)
@@ -90,7 +90,7 @@ def _claim(config: Config) -> Iterator[Mesh]:
 
 @contextlib.contextmanager
 def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
-    """A function that hands a record to metrics.jsonl and to the console; in the first process only."""
+    """Yield a function that writes a record to metrics.jsonl and to the console, in the first process only."""
     sinks = []
     with contextlib.ExitStack() as stack:
         if processes.is_first():
@@ -108,22 +108,22 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
         yield emit
 
 
-def new_state(config: Config, weights: GPTConfig | None, spec: StepSpec, shapes: TrainState) -> TrainState:
-    """The state before the first step: new weights, or those of the run that `run.init_from` names.
+def new_state(config: Config, donor: GPTConfig | None, spec: StepSpec, shapes: TrainState) -> TrainState:
+    """Make the state before the first step, with new weights or with those of the run that `run.init_from` names.
 
     Args:
         config: resolved.
-        weights: from `init_from.check`.
+        donor: the model settings of that run, from `init_from.check`; None for new weights.
         spec: from `specify`.
         shapes: from `specify`.
     """
-    if weights is not None:
-        return init_from.initial_state(config, weights, spec.tx, shapes)
+    if donor is not None:
+        return init_from.initial_state(config, donor, spec.tx, shapes)
     return first_state(config.model, spec.tx, config.seed)
 
 
 def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Config:
-    """Fill in what other parts decide: the vocabulary and the compute dtype.
+    """Fill in the settings that depend on the tokenizer and on the machine: vocab_size and the compute dtype.
 
     Args:
         config: as configured.
@@ -131,7 +131,7 @@ def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Con
         platform: the platform that will compute (cpu, gpu, tpu); None = this machine's.
 
     Raises:
-        ConfigError: the configured vocab_size is not the tokenizer's.
+        ConfigError: the configured vocab_size is not the tokenizer's, or loss_chunks does not divide block_size.
     """
     if config.model.vocab_size not in (0, vocab_size):
         raise ConfigError(
@@ -144,8 +144,8 @@ def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Con
         )
     dtype = config.train.dtype
     if dtype == "auto":
-        without = (platform or jax.default_backend()) == "cpu" or (platform is None and chips.is_old_gpu())
-        dtype = "float32" if without else "bfloat16"
+        no_bfloat16 = (platform or jax.default_backend()) == "cpu" or (platform is None and chips.is_old_gpu())
+        dtype = "float32" if no_bfloat16 else "bfloat16"
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
@@ -154,19 +154,19 @@ def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Con
 
 
 def mesh_config(config: Config) -> sharding.MeshConfig:
-    """The mesh of a run on this machine; on a CPU, its cores become devices."""
+    """Choose the mesh of a run on this machine; on a CPU, the cores become devices."""
     model = config.model
     return cores.as_devices(config.mesh, model.block_parameters, config.data.batch_size, model.block_size)
 
 
 def abstract_model(config: Config, platform: str) -> GPT:
-    """The model of a resolved configuration without its weights, with the attention of a platform (cpu, gpu, tpu).
+    """Build the model of a resolved configuration without weights, for the attention of a platform (cpu, gpu, tpu).
 
     Raises:
         ConfigError: the attention kernel that the configuration names cannot be used there.
     """
     model, dtype = config.model, jnp.dtype(config.train.dtype)
-    sizes = dtype, model.block_size, model.width // model.n_head
+    sizes = dtype, model.block_size, model.channels_per_head
     kernel = attention.choose(model.attention, platform, *sizes)
     wrong_platform = platform not in {"cudnn": ("gpu",), "splash": ("tpu", "cpu")}.get(kernel, (platform,))
     if kernel != "xla" and (wrong_platform or not attention.fits(kernel, *sizes)):
@@ -178,7 +178,7 @@ def abstract_model(config: Config, platform: str) -> GPT:
 
 
 def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[StepSpec, TrainState]:
-    """What a resolved configuration compiles to on a mesh, and the shapes, dtypes and shardings of its state.
+    """Build the static arguments of the compiled functions, and the shapes, dtypes and shardings of the state.
 
     Args:
         config: resolved.
@@ -188,14 +188,14 @@ def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[St
     Raises:
         MeshError: the mesh does not divide the batch or the model.
     """
-    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    sharding.check_sizes(mesh, config.data.batch_size, *config.model.split_sizes)
     model = abstract_model(config, platform or jax.default_backend())
     spec = step_spec(config, model, mesh)
     return spec, abstract_state(model, spec.tx, mesh)
 
 
 def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
-    """What a resolved configuration compiles to, for a model with or without weights."""
+    """Build the static arguments of the compiled functions, for a model with or without weights."""
     dropout = max(config.model.dropout, config.model.attention_rate)
     return StepSpec(
         graphdef=nnx.graphdef(model),
@@ -209,19 +209,16 @@ def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
 
 
 def start_record(config: Config, mesh: Mesh, source: Source, state: TrainState) -> metrics.Record:
-    """The first record of metrics.jsonl: what is known before the first step."""
+    """Build the first record of metrics.jsonl: what is known before the first step."""
     model, batch = config.model, config.data.batch_size * config.optim.grad_accumulation
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    positions = model.block_size * model.width if model.positions == "learned" else 0
     return {
         "kind": "start",
         "step": int(state.step),
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
         "parameters": parameters,
-        "flops_per_token": metrics.flops_per_token(
-            parameters - positions, model.n_layer, model.width, model.block_size
-        ),
+        "flops_per_token": metrics.flops_per_token(model, parameters),
         "batch": [batch, model.block_size],
         "steps": config.train.steps,
         "dtype": config.train.dtype,

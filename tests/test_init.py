@@ -13,11 +13,12 @@ FORMS = {
     "GPT-2": {"n_layer": 2, "init": "scaled", "bias": "all", "lm_head": "tied"},
     "PyTorch's weights": {"n_layer": 2, "init": "torch", "norm": "none"},
     "no positions": {"n_layer": 2, "positions": "none", "bias": "none", "mlp_ratio": 0},
+    "zero": {"n_layer": 2, "init": "zero", "norm": "rmsnorm", "qk_norm": True, "gated": True, "value_embeddings": True},
     "bigram": {"n_layer": 0, "n_embd": 0, "lm_head": "none", "positions": "none"},
 }
 
 
-MORE = {"GPT-2", "PyTorch's weights", "no positions"}
+MORE = {"zero", "GPT-2", "PyTorch's weights", "no positions"}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from switches import SWITCHES, config_of
 
 from jaxgpt import init, optim, sampling, step
 from jaxgpt.model import Cache, GPTConfig
@@ -55,3 +56,44 @@ def test_the_step_of_gpt2_lowers_with_the_attention_kernel_of_the_platform(monke
     config = GPTConfig(**sizes, lm_head="tied", bias="all", activation="gelu_tanh", attention=kernel, remat="dots")
     assert call in lowered_step(config, platform, loss_chunks=4)
     assert call not in lowered_step(dataclasses.replace(config, attention="xla"), platform)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_every_switch_lowers_for_every_platform(switch):
+    config, tokens = config_of(switch), jnp.zeros((2, 8), jnp.int32)
+    model, documents = init.abstract(config), jnp.zeros((2, 8), jnp.int32)
+
+    def loss(params):
+        return nnx.merge(nnx.graphdef(model), params)(tokens, documents=documents).sum()
+
+    lowered = jax.jit(jax.grad(loss)).trace(step.params_of(model)).lower(lowering_platforms=("cpu", "cuda", "tpu"))
+    assert "dot_general" in lowered.as_text()
+
+
+PARTS = {"n_kv_head": {"n_kv_head": 1}, "sliding_window": {"sliding_window": 100}, "documents": {}}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(
+    "kernel, platform, call, takes",
+    [
+        ("cudnn", "cuda", "__cudnn$fmhaSoftmaxBackward", {"n_kv_head", "sliding_window"}),
+        ("splash", "tpu", "tpu_custom_call", {"n_kv_head", "sliding_window", "documents"}),
+    ],
+)
+def test_each_kernel_takes_what_the_table_of_the_docs_says(monkeypatch, kernel, platform, call, takes, part):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    sizes = {"vocab_size": 65, "block_size": 128, "n_layer": 1, "n_head": 2, "n_embd": 128}
+    model = init.abstract(GPTConfig(**sizes, **PARTS[part], attention=kernel))
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), step.params_of(model))
+    tokens = jnp.zeros((2, 128), jnp.int32)
+
+    def loss(params):
+        documents = tokens if part == "documents" else None
+        return nnx.merge(nnx.graphdef(model), params)(tokens, documents=documents).sum()
+
+    text = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=(platform,)).as_text()
+    assert (call in text) == (part in takes)
+    assert ("sliding_window_length\\22: 100" in text) == (kernel == "cudnn" and part == "sliding_window")

@@ -131,6 +131,8 @@ def test_tokens_fed_one_by_one_through_the_cache_give_the_same_logits():
         ("relu", lambda x: max(x, 0.0)),
         ("gelu", lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2)))),  # Hendrycks and Gimpel 2016, section 2
         ("gelu_tanh", lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+        ("relu2", lambda x: max(x, 0.0) ** 2),
+        ("silu", lambda x: x / (1 + math.exp(-x))),
     ],
 )
 def test_activations_are_their_definitions(name, definition):

@@ -21,7 +21,7 @@ from jaxgpt.files.download import DownloadError
 from jaxgpt.init import abstract
 from jaxgpt.interop import gpt2, hf_tokenizer
 from jaxgpt.model import GPT, GPTConfig
-from jaxgpt.runs.loading import Run, load
+from jaxgpt.runs.loading import Run, Step, load
 from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.step import params_of
 
@@ -40,7 +40,7 @@ class ExportArgs:
     format: Literal["hf", "safetensors", "stablehlo"] = "hf"
     """hf: for transformers' GPT2LMHeadModel and AutoTokenizer. safetensors: the arrays under jaxgpt's own names.
     stablehlo: these arrays, and an exported program for cpu, cuda and tpu that needs only jax."""
-    step: int | None = None
+    step: Step = None
     """Step of the checkpoint; by default the one with the lowest validation loss."""
 
     def __post_init__(self):

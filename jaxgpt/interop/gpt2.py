@@ -15,7 +15,6 @@ import numpy as np
 from jaxgpt.devices.sharding import name_of
 from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.init import abstract
-from jaxgpt.layers import LAYER_NORM_EPSILON
 from jaxgpt.model import GPTConfig
 from jaxgpt.step import params_of
 
@@ -45,6 +44,19 @@ IN_BLOCK = {  # query, key and value are the thirds of c_attn, in this order
     "mlp.proj.bias": "mlp.c_proj.bias",
 }
 THIRDS = ("query", "key", "value")
+FORM = {  # switches that have no place in GPT-2's files
+    "positions": "learned",
+    "residual": True,
+    "norm": "layernorm",
+    "norm_weight": True,
+    "norm_eps": GPTConfig.norm_eps,
+    "qk_norm": False,
+    "projection": True,
+    "gated": False,
+    "logit_softcap": 0.0,
+    "embedding_norm": False,
+    "value_embeddings": False,
+}
 WRAPPERS = re.compile(r"^((_orig_mod|module)\.)*(transformer\.)?")
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, a buffer in older files
 # transformers has several names for the tanh form of GELU; nanoGPT has used the erf form since 2023
@@ -161,8 +173,15 @@ def check_form(config: GPTConfig) -> None:
     Raises:
         FormatError: it cannot; the message names each switch that is in the way.
     """
-    needed = {"positions": "learned", "residual": True, "norm": "layernorm", "projection": True}
-    wrong = [f"{name} {getattr(config, name)}" for name, value in needed.items() if getattr(config, name) != value]
+    needed = {name: (value,) for name, value in FORM.items()} | {
+        "activation": tuple(ACTIVATIONS.values()),
+        "mlp_width": (0, config.mlp_ratio * config.n_embd),
+        "n_kv_head": (0, config.n_head),
+        "head_size": (0, config.n_embd / config.n_head),
+        "sliding_window": (0, config.block_size),
+    }
+    given = dataclasses.asdict(config)
+    wrong = [f"{name} {given[name]}" for name, values in needed.items() if given[name] not in values]
     wrong += [f"{name} 0" for name in ("n_layer", "n_embd", "mlp_ratio") if not getattr(config, name)]
     if config.lm_head == "none":
         wrong.append("lm_head none")
@@ -184,7 +203,7 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
     """
     fixed = {
         "model_type": "gpt2",
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "layer_norm_epsilon": GPTConfig.norm_eps,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
@@ -244,7 +263,7 @@ def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
         "n_head": config.n_head,
         "n_inner": config.mlp_ratio * config.n_embd,
         "activation_function": names[config.activation],
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "layer_norm_epsilon": config.norm_eps,
         "resid_pdrop": config.dropout,
         "attn_pdrop": config.attention_rate,
         "embd_pdrop": config.dropout if config.embedding_dropout else 0.0,

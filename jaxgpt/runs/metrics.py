@@ -17,27 +17,29 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jaxgpt.errors import JaxgptWarning, printable
 from jaxgpt.files.screen import Screen
+from jaxgpt.gpt_config import GPTConfig
 
 LINE = 1 << 20  # bytes that no record reaches
 Record = dict[str, Any]
 Sink = Callable[[Record], None]
 
 
-def flops_per_token(parameters: int, n_layer: int, n_embd: int, block_size: int) -> int:
+def flops_per_token(model: GPTConfig, parameters: int) -> int:
     """Count the floating point operations of training on one token, forward and backward.
 
+    Tables that are only looked up do not count, and with a sliding window, neither do the keys outside it.
+
     Args:
-        parameters: number of parameters, without the position table.
-        n_layer: number of blocks.
-        n_embd: channels.
-        block_size: tokens per window.
+        model: sizes and switches.
+        parameters: number of parameters.
 
     Returns:
         FLOPs per token.
 
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
-    return 6 * parameters + 12 * n_layer * n_embd * block_size
+    attention = model.n_layer * model.n_head * model.channels_per_head * model.span
+    return 6 * (parameters - model.looked_up) + 12 * attention
 
 
 class MetricsWarning(JaxgptWarning):

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import step
 from jaxgpt.config import Config, ConfigError
+from jaxgpt.data import Windows
 from jaxgpt.devices import attention, chips, sharding
 from jaxgpt.tools import traffic
 from jaxgpt.training import specify
@@ -122,8 +123,9 @@ def kernel_of(config: Config, platform: str) -> attention.Kernel:
     model = config.model
     if model.attention_rate:  # no kernel has dropout
         return "xla"
-    head_size = model.width // model.n_head
-    return attention.choose(model.attention, platform, jnp.dtype(config.train.dtype), model.block_size, head_size)
+    sizes = model.block_size, model.channels_per_head
+    kernel = attention.choose(model.attention, platform, jnp.dtype(config.train.dtype), *sizes)
+    return "xla" if kernel == "cudnn" and config.data.documents == "separate" else kernel  # it takes no documents
 
 
 def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
@@ -173,9 +175,11 @@ def _shapes(config: Config, dtype: np.dtype, mesh: jax.sharding.Mesh, replicated
     """The windows of one step and the key of `train_steps`, as `ShapeDtypeStruct`s with shardings."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     rows = config.data.batch_size * config.optim.grad_accumulation
-    windows = jax.ShapeDtypeStruct((1, rows, config.model.block_size + 1), dtype)
-    shardings = NamedSharding(mesh, P() if replicated else P(None, sharding.BATCH)), NamedSharding(mesh, P())
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), (windows, key), shardings)
+    shape, where = (1, rows, config.model.block_size + 1), P() if replicated else P(None, sharding.BATCH)
+    windows = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, where))
+    if config.data.documents == "separate":
+        windows = Windows(windows, jax.ShapeDtypeStruct(shape, np.int32, sharding=windows.sharding))
+    return windows, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
 
 
 def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
@@ -190,13 +194,20 @@ def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
         A rough estimate, without traffic.
     """
     sizes = sharding.sizes_of(config.mesh, target.n)
-    model, C = config.model, config.model.width
+    model = config.model
     item = jnp.dtype(config.train.dtype).itemsize
     arrays = 4 if config.optim.ema_decay else 3  # parameters, two moments, and perhaps an average, all float32
     state = 4 * arrays * parameters // (sizes["fsdp"] * sizes["tensor"])
     copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and parameters cast to the compute dtype
-    # channels per layer and token: residual stream twice, norms, qkv, attention, MLP before and after its activation
-    kept = {"none": 9 + 2 * model.mlp_ratio, "dots": 6 + model.mlp_ratio, "full": 1}[model.remat] * C * model.n_layer
+    # channels per token that a layer keeps: of the stream (twice), its norms and the outputs of the branches; queries,
+    # keys and values, and what attention makes of them; hidden channels before and after their activation and gate
+    C, D, hidden = model.width, model.channels_per_head, model.hidden
+    qkv, hidden_arrays = (model.n_head + 2 * model.kv_heads) * D, 1 + model.gated
+    kept = {
+        "none": 5 * C + qkv + model.n_head * D + 2 * hidden_arrays * hidden,
+        "dots": 3 * C + qkv + hidden_arrays * hidden,
+        "full": C,
+    }[model.remat] * model.n_layer
     if model.remat == "none" and kernel_of(config, target.platform) == "xla":
         kept += 2 * model.n_head * model.block_size * model.n_layer
     logits = 4 * model.vocab_size // config.train.loss_chunks

@@ -83,21 +83,18 @@ def find_text(config: Config) -> Text:
     return Text(vocab_size, whole and int(config.data.train_fraction * whole), on_device=whole is not None)
 
 
-def count_parameters(config: Config) -> tuple[int, int]:
-    """Return the number of all parameters, and of those that count for FLOPs (all but the position table)."""
-    model = abstract_model(config, "cpu")
-    n = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
-    table = config.model.block_size * config.model.width if config.model.positions == "learned" else 0
-    return n, n - table
+def count_parameters(config: Config) -> int:
+    """Return the number of parameters of the model."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config, "cpu"))))
 
 
 def computed_again(config: Config) -> int:
     """Count the FLOPs per token that the backward pass spends on recomputing what was not kept."""
-    model, C = config.model, config.model.width
-    attention = 4 * model.n_layer * model.block_size * C
-    matmuls = 2 * model.n_layer * C * C * (3 + model.projection + model.mlp_ratio * (1 + model.projection))
+    model = config.model
+    attention = 4 * model.n_layer * model.n_head * model.channels_per_head * model.span
+    matmuls = 2 * model.n_layer * (model.attention_parameters + model.feed_forward_parameters)
     again = {"none": 0, "dots": attention, "full": attention + matmuls}[model.remat]
-    return again + (2 * model.vocab_size * C if config.train.loss_chunks > 1 else 0)
+    return again + (2 * model.vocab_size * model.width if config.train.loss_chunks > 1 else 0)
 
 
 def largest_batch(needs_of: Callable[[int], Needs], room: int, batch: int, needs: Needs) -> int | None:
@@ -145,7 +142,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     config = resolve(config, text.vocab_size, target.platform)
     sizes = sharding.sizes_of(config.mesh, target.n)
     target = target._replace(n=math.prod(sizes.values()))  # the mesh may leave some devices out
-    parameters, counted = count_parameters(config)
+    parameters = count_parameters(config)
     shards = sizes["data"] * sizes["fsdp"]
 
     def needs_of(batch: int) -> Needs:
@@ -155,7 +152,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         return ahead.compile_step(sized, target, text.tokens if text.on_device else None)
 
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), sharding.AXES)
-    sharding.check_sizes(mesh, config.data.batch_size, config.model.width, config.model.n_head)
+    sharding.check_sizes(mesh, config.data.batch_size, *config.model.split_sizes)
     batch = config.data.batch_size // shards
     needs = needs_of(batch)
     best = largest_batch(needs_of, target.room, batch, needs) if config.search and target.room else None
@@ -178,7 +175,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "searched": bool(config.search and target.room),
         "fitting_batch_a_device": best,
         "fitting_batch_size": best and best * shards,
-        **pace(config, target, counted, needs),
+        **pace(config, target, parameters, needs),
     }
 
 
@@ -188,14 +185,14 @@ def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> d
     Args:
         config: resolved configuration.
         target: the devices; their chip may be unknown.
-        parameters: number of parameters, without the position table.
+        parameters: number of parameters of the model.
         needs: memory and traffic of one step on one device.
 
     Returns:
         The part of the record of `plan` about time; unknown values are None.
     """
     model, chip = config.model, target.chip
-    per_token = metrics.flops_per_token(parameters, model.n_layer, model.width, model.block_size)
+    per_token = metrics.flops_per_token(model, parameters)
     tokens = config.data.batch_size * config.optim.grad_accumulation * model.block_size
     again = computed_again(config)
     compute = chip and tokens * (per_token + again) / target.n / chip.flops

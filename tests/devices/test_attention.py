@@ -18,12 +18,12 @@ from jaxgpt.model import GPT, GPTConfig
 CONFIG = GPTConfig(vocab_size=65, block_size=256, n_layer=1, n_head=2, n_embd=128, init="torch", attention="xla")
 
 
-def loss_and_gradient(config, tokens):
+def loss_and_gradient(config, tokens, documents=None):
     model = GPT(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model)
 
     def loss(params):
-        return jnp.square(nnx.merge(graphdef, params)(tokens)).mean()
+        return jnp.square(nnx.merge(graphdef, params)(tokens, documents=documents)).mean()
 
     with jax.default_matmul_precision("highest"):
         return jax.jit(jax.value_and_grad(loss))(params)
@@ -36,6 +36,22 @@ def test_splash_attention_computes_what_the_lines_of_the_lecture_compute():
     fused = loss_and_gradient(dataclasses.replace(CONFIG, attention="splash"), tokens)
     # float32; sums over 256 keys in another order, and the kernel's exponentials
     chex.assert_trees_all_close(plain, fused, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "fields, with_documents", [({"n_kv_head": 1}, False), ({"sliding_window": 70}, False), ({}, True),
+                               ({"n_kv_head": 1, "sliding_window": 70, "positions": "rope", "qk_norm": True}, True)]
+)  # fmt: skip
+def test_splash_attention_shares_keys_and_keeps_to_windows_and_documents(fields, with_documents):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, 65, (2, 256)), jnp.int32)
+    documents = jnp.asarray(np.sort(rng.integers(0, 3, (2, 256))), jnp.uint8) if with_documents else None
+    config = dataclasses.replace(CONFIG, **fields)
+    plain = loss_and_gradient(config, tokens, documents)
+    fused = loss_and_gradient(dataclasses.replace(config, attention="splash"), tokens, documents)
+    chex.assert_trees_all_close(plain, fused, rtol=1e-4, atol=1e-6)  # as above
+    assert plain[0] != loss_and_gradient(CONFIG, tokens)[0]
 
 
 def test_splash_attention_is_causal():
