@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import chex
@@ -11,36 +12,50 @@ from jaxgpt import optim
 from jaxgpt.optim import OptimConfig
 
 
-def closed_form(step, peak, floor, warmup, decay):
-    """nanoGPT's learning rate, from its description."""
+def closed_form(name, step, peak, floor, warmup, end, fraction):
+    """The learning rate at a step, from the description of the schedule."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    if step >= decay:
-        return floor
-    return floor + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (decay - warmup))) * (peak - floor)
+    if name == "constant":
+        return peak
+    start = max(warmup, end - fraction * end) if name == "wsd" else warmup
+    passed = min(max((step - start) / (end - start), 0), 1)
+    return floor + (peak - floor) * (0.5 * (1 + math.cos(math.pi * passed)) if name == "cosine" else 1 - passed)
 
 
-@pytest.mark.parametrize("warmup, decay", [(100, 2000), (0, 50), (1, 3)])
-def test_schedule_is_the_closed_form_at_its_corners(warmup, decay):
-    schedule = optim.schedule(OptimConfig(1e-3, 1e-4, warmup, decay))
-    for step in {
-        0,
-        1,
-        warmup // 2,
-        max(warmup - 1, 0),
-        warmup,
-        warmup + 1,
-        (warmup + decay) // 2,
-        decay - 1,
-        decay,
-        9999,
-    }:
-        # float32 against float64
-        assert float(schedule(step)) == pytest.approx(closed_form(step, 1e-3, 1e-4, warmup, decay), rel=1e-5)
+@pytest.mark.parametrize("warmup, end", [(100, 2000), (0, 50), (1, 3), (40, 50)])
+@pytest.mark.parametrize(
+    "name, floor, fraction",
+    [
+        ("cosine", 1e-4, 0.7),
+        ("linear", 1e-4, 0.7),
+        ("linear", 0.0, 0.7),
+        ("wsd", 1e-4, 0.7),
+        ("wsd", 0.0, 0.3),
+        ("wsd", 0.0, 1.0),
+        ("constant", 1e-4, 0.7),
+        ("constant", 2e-3, 0.7),  # the floor is not used
+    ],
+)
+def test_each_schedule_is_its_closed_form_at_every_step(name, floor, fraction, warmup, end):
+    config = OptimConfig(1e-3, floor, warmup, schedule=name, decay_fraction=fraction)
+    steps = np.arange(end + 50)
+    expected = [closed_form(name, step, 1e-3, floor, warmup, end, fraction) for step in steps]
+    for schedule in (optim.schedule(config, end), optim.schedule(dataclasses.replace(config, decay_steps=end), 7)):
+        # float32 against float64: a cosine near its end is a difference of numbers near 1
+        np.testing.assert_allclose(schedule(jnp.asarray(steps)), expected, rtol=2e-6, atol=1e-10)
+        assert float(schedule(jnp.int32(warmup))) == np.float32(1e-3)
 
 
-def test_a_run_shorter_than_its_warm_up_only_warms_up():
-    schedule = optim.schedule(OptimConfig(1e-3, 1e-4, warmup_steps=100, decay_steps=20))
+def test_the_default_schedule_keeps_its_bits():
+    steps = jnp.arange(2100)
+    before = optax.warmup_cosine_decay_schedule(1e-3 / 101, 1e-3, 100, 2000, 1e-4)
+    np.testing.assert_array_equal(optim.schedule(OptimConfig(), 2000)(steps), before(steps))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+def test_a_run_shorter_than_its_warm_up_only_warms_up(name):
+    schedule = optim.schedule(OptimConfig(1e-3, 1e-4, warmup_steps=100, decay_steps=20, schedule=name))
     np.testing.assert_allclose([schedule(0), schedule(19)], [1e-3 / 101, 2e-2 / 101], rtol=1e-5)
 
 
@@ -141,6 +156,14 @@ def test_without_a_decay_the_optimizer_keeps_nothing_more():
         {"ema_decay": 1.0},
         {"ema_decay": -0.1},
         {"ema_decay": math.nan},
+        {"decay_fraction": 0.0},
+        {"decay_fraction": 1.1},
+        {"decay_fraction": math.nan},
+        {"muon_learning_rate": -1e-3},
+        {"muon_learning_rate": math.nan},
+        {"muon_momentum": 1.0},
+        {"optimizer": "sgd"},
+        {"schedule": "step"},
     ],
 )
 def test_numbers_that_cannot_train_are_refused(fields):

@@ -24,6 +24,7 @@ from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
 AVERAGE = "optim.ema_decay"
+OPTIMIZER = "optim.optimizer"
 RANDOM = "jax_default_prng_impl", "jax_enable_x64", "jax_threefry_partitionable"
 
 
@@ -163,8 +164,8 @@ class RunDirectory:
         if began:
             before, tokenizer = read_files(self.folder, config.run.dir)
             settings = configs.flat(before)
-            if imported:  # nothing has been averaged yet
-                settings[AVERAGE] = config.optim.ema_decay
+            if imported:  # no optimizer has worked on it yet
+                settings |= {AVERAGE: config.optim.ema_decay, OPTIMIZER: config.optim.optimizer}
             self._refuse_others(settings, tokenizer, None, free=imported or resume == "changed")
         found = self.checkpoints.newest(config.run.checkpoint_interval)
         if found is None and resume == "must":
@@ -192,6 +193,8 @@ class RunDirectory:
         fixed = changes.model_differences(before, now)
         if bool(before.get(AVERAGE)) != bool(now[AVERAGE]):  # a state cannot gain or lose its average
             fixed.append(f"{AVERAGE} (was {before.get(AVERAGE, 0.0)}, now {now[AVERAGE]})")
+        if (optimizer := before.get(OPTIMIZER, "adamw")) != now[OPTIMIZER]:  # its moments mean nothing to another one
+            fixed.append(f"{OPTIMIZER} (was {optimizer}, now {now[OPTIMIZER]})")
         if not tokenizers.same(tokenizer, self._tokenizer):
             fixed.append(f"the tokenizer (its own: --data.tokenizer {run_dir}/{TOKENIZER})")
         different = fixed
