@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from jaxgpt.text import token_folder
+from jaxgpt.text import mixtures, token_folder
 from jaxgpt.text.npy import GrowingArray
 from jaxgpt.tokenizer import CharTokenizer
 
@@ -55,15 +55,15 @@ def peak_mb() -> float:
 def measure(folder: str, batches: int) -> dict:
     """Read batches of both shapes from the training split."""
     began, before = time.perf_counter(), peak_mb()
-    mixture = token_folder.parse_sources(folder)
+    mixture = mixtures.parse_sources(folder)
     result = {"gigabytes": round(mixture.spans[0].folder.tokens * 2 / 1e9, 2)}
     result["open_s"] = round(time.perf_counter() - began, 1)
     rows = 0
     for batch_size, block_size in SHAPES:
-        train, _ = token_folder.split(mixture, 0.9, block_size)
+        train, _ = mixtures.split(mixture, 0.9, block_size)
 
         def read(step, train=train, shape=(batch_size, block_size)):
-            return token_folder.read_windows(train, 0, 0, step, *shape)
+            return mixtures.read_windows(train, 0, 0, step, *shape)
 
         times = []
         for step in range(batches):

@@ -1,11 +1,12 @@
-"""Token arrays on the device, and the windows cut from them.
+"""Tokens on the device, and the batches of windows that are cut from them.
 
-A batch is a pure function of (seed, split, step), so resuming a run needs no iterator state.
+A window is block_size tokens and one more: the inputs, and for each input the token after it, the target. A batch is a
+pure function of (seed, split, step), so a run that is resumed needs no iterator state.
 """
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import chex
 import jax
@@ -34,8 +35,14 @@ class DataConfig:
     """Tokenizer of a text: char (one id per character), gpt2, or a tokenizer.json; a prepared folder has its own."""
     batch_size: int = 12
     """Windows per batch; a step uses optim.grad_accumulation batches."""
+    sampling: Literal["random", "epochs"] = "random"
+    """Windows to train on: at random places, with replacement as in the lecture; or in epochs, in which consecutive
+    windows, in random order, cover the text once."""
+    documents: Literal["packed", "separate"] = "packed"
+    """Documents of a prepared folder in one window: packed = as if they were one; separate = no token sees or predicts
+    a token of another. Positions are counted from the window's first token in both."""
     verify: bool = False
-    """Read a prepared folder as a whole before training, although its files have not changed since that was done."""
+    """Read and hash a prepared folder completely before training, even if its files have not changed since then."""
     train_fraction: float = 0.9
     """Leading fraction of the text that is the train split, in (0, 1); the rest is the val split."""
 
@@ -52,6 +59,25 @@ class Splits(NamedTuple):
 
     train: jax.Array
     val: jax.Array
+
+
+class Windows(NamedTuple):
+    """Windows of tokens, with the document of each token where that matters. A whole split is one long window."""
+
+    tokens: jax.Array
+    """(..., T + 1) unsigned integers."""
+    documents: jax.Array | None = None
+    """(..., T + 1) integers, which differ between documents; None if all tokens are of the same one."""
+
+    @classmethod
+    def of(cls, tokens: "jax.Array | Windows") -> "Windows":
+        """Windows of bare tokens; others are returned as they are."""
+        return tokens if isinstance(tokens, cls) else cls(tokens)
+
+    @property
+    def counted(self) -> jax.Array | None:
+        """(..., T) bool, the targets that the loss counts: those of the same document as their input. None = all."""
+        return None if self.documents is None else self.documents[..., 1:] == self.documents[..., :-1]
 
 
 def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: int, name: str = "the text") -> Splits:
@@ -91,23 +117,33 @@ def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int
         tokens: (N,) unsigned integers, N > block_size.
         steps: (n,) integers; equal steps give equal batches.
         batch_size: B, windows per step.
-        block_size: T, tokens per window, to which its last target is appended.
+        block_size: T, tokens per window, not counting its last target.
 
     Returns:
         (n, B, T + 1) in the dtype of the tokens.
     """
     chex.assert_rank([tokens, steps], 1)
-    return _cut(tokens, _starts(key, steps, len(tokens) - block_size, batch_size), block_size)
+    return cut(tokens, _starts(key, steps, len(tokens) - block_size, batch_size), block_size)
 
 
 @partial(jax.jit, static_argnames="batch_size")
 def _starts(key: jax.Array, steps: jax.Array, end: int, batch_size: int) -> jax.Array:
-    """The first tokens of the windows, (n, B). A program of its own, which serves both splits."""
+    """The position of the first token of each window, (n, B). Compiled on its own: both splits share it."""
     return jax.vmap(lambda step: jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, end))(steps)
 
 
 @partial(jax.jit, static_argnames="block_size")
-def _cut(tokens: jax.Array, starts: jax.Array, block_size: int) -> jax.Array:
+def cut(tokens: jax.Array, starts: jax.Array, block_size: int) -> jax.Array:
+    """Cut windows out of a text.
+
+    Args:
+        tokens: (N,) unsigned integers.
+        starts: (n, B) integers in [0, N - block_size), the position of the first token of each window.
+        block_size: T, tokens per window, not counting its last target.
+
+    Returns:
+        (n, B, T + 1) in the dtype of the tokens.
+    """
     return tokens[starts[..., None] + jnp.arange(block_size + 1)]
 
 
@@ -124,23 +160,47 @@ def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:
     return windows[:, :-1], windows[:, 1:]
 
 
-def consecutive_batch(tokens: jax.Array, i, batch_size: int, block_size: int):
+def batch(windows: jax.Array | Windows) -> tuple[jax.Array, ...]:
+    """Turn the windows of a step into what its loss takes.
+
+    Args:
+        windows: (B, T + 1) integers, or Windows of that shape.
+
+    Returns:
+        The inputs and the targets, each (B, T) int32. If the windows have documents, also those of the inputs, (B, T)
+        integers, and the weight of each target, (B, T) float32: 0, or what makes the mean of all weights 1. So the mean
+        of the weighted losses, in whatever parts it is taken, is the mean over the targets that count.
+    """
+    windows = Windows.of(windows)
+    pair = inputs_and_targets(windows.tokens)
+    if windows.documents is None:
+        return pair
+    share = jnp.maximum(windows.counted.mean(), 1 / windows.counted.size)  # above 0, also if no target counts
+    return *pair, windows.documents[:, :-1], windows.counted / share
+
+
+def consecutive_batch(tokens: jax.Array | Windows, i, batch_size: int, block_size: int):
     """Take batch `i` of an ordered pass over the whole split, which predicts every token but the first exactly once.
 
     Args:
-        tokens: (N,) unsigned integers.
+        tokens: (N,) unsigned integers, or Windows of that shape.
         i: () integer in [0, consecutive_batches(N, ...)).
         batch_size: B, windows per batch.
         block_size: T, tokens per window.
 
     Returns:
-        The inputs and the targets, each (B, T) int32, and a (B, T) bool mask that is False past the end of the split.
+        The inputs and the targets, each (B, T) int32; the documents of the inputs, (B, T) integers or None; and a bool
+        mask, (B, T), that is False where a target does not count or is past the end of the split.
     """
+    tokens, documents = Windows.of(tokens)
     chex.assert_rank(tokens, 1)
     index = (i * batch_size * block_size + jnp.arange(batch_size * block_size)).reshape(batch_size, block_size)
     last = len(tokens) - 1
-    inputs, targets = (tokens[jnp.minimum(i, last)].astype(jnp.int32) for i in (index, index + 1))
-    return inputs, targets, index < last
+    inputs, targets = (tokens[jnp.minimum(at, last)].astype(jnp.int32) for at in (index, index + 1))
+    if documents is None:
+        return inputs, targets, None, index < last
+    of_inputs, of_targets = (documents[jnp.minimum(at, last)] for at in (index, index + 1))
+    return inputs, targets, of_inputs, (index < last) & (of_inputs == of_targets)
 
 
 def consecutive_batches(n_tokens: int, batch_size: int, block_size: int) -> int:

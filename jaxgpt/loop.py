@@ -51,7 +51,7 @@ class Patience(NamedTuple):
     """Evaluations since then."""
 
     def after(self, step: int, val_loss: float) -> "Patience":
-        """The same after one more evaluation."""
+        """Return the state after one more evaluation."""
         if val_loss < (math.inf if self.best_loss is None else self.best_loss):
             return Patience(val_loss, step)
         return self._replace(waited=self.waited + 1)
@@ -63,7 +63,7 @@ class Patience(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainingLoop:
-    """What the loop works with, and what it does between the compiled calls."""
+    """The training loop of a run: compiled calls, with evaluations, samples and checkpoints between them."""
 
     config: Config
     """Resolved."""
@@ -91,7 +91,7 @@ class TrainingLoop:
         return self.config.optim.grad_accumulation * self.config.data.batch_size
 
     def compile(self, shapes: TrainState, windows: jax.Array) -> jax.stages.Compiled:
-        """`train_steps`, compiled before its first call so that the compile time is reported separately."""
+        """Compile `train_steps` before its first call, so that the compile time is reported separately."""
         began = time.perf_counter()
         compiled = train_steps.lower(shapes, windows, self.key, spec=self.spec).compile()
         self.emit({"kind": "compile", "seconds": time.perf_counter() - began})
@@ -188,10 +188,10 @@ class TrainingLoop:
             patience = patience.after(step, loss)
             if config.patience:  # later steps may be no better than the first weights
                 self.save(state, step, loss, patience)
-        cut = traced(calls(self.config, step), config.profile)
+        planned = traced(calls(self.config, step), config.profile)
         feed = self.source.feed(calls(self.config, step), self.config.seed, self.rows)
         with contextlib.closing(feed):
-            for (first, n), windows in zip(cut, feed):
+            for (first, n), windows in zip(planned, feed):
                 if n not in compiled:
                     compiled[n] = self.compile(shapes, windows)
                 ended = ended if waiting else time.perf_counter()
@@ -210,7 +210,7 @@ class TrainingLoop:
                 if step % config.eval_interval == 0 or step == config.steps:
                     val_loss = self.estimate_and_sample(state, step)
                     asked = stop_request() if asked is None else asked
-                if step % config.eval_interval == 0:  # at an odd last step, a run with more steps would not evaluate
+                if step % config.eval_interval == 0:  # not at another last step: a longer run would not evaluate there
                     patience = patience.after(step, val_loss)
                     best = config.patience and patience.best_step == step
                 done = step == config.steps or patience.is_spent(config.patience)
@@ -234,18 +234,18 @@ def boundary(config: Config, step: int) -> int:
 def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
     """The first step and the number of steps of each call, from `step` on.
 
-    Up to each boundary in calls of steps_per_call, the rest one by one: bits depend on the cut, so a run that continues
-    is cut like one that was never stopped.
+    Up to each boundary, calls of steps_per_call steps; then single steps. The last bits of the result depend on this
+    division, so a run that continues is divided like one that was never stopped.
     """
-    most = config.train.steps_per_call
+    full = config.train.steps_per_call
     while step < config.train.steps:
-        n = most if boundary(config, step) - step >= most else 1
+        n = full if boundary(config, step) - step >= full else 1
         yield step, n
         step += n
 
 
 def traced(calls: Iterator[tuple[int, int]], folder: str | None) -> Iterator[tuple[int, int]]:
-    """The calls; while the second to the fourth of them are dispatched, jax's profiler writes a trace to the folder."""
+    """Yield the calls; a trace of the second to the fourth is written to `folder`, if there is one."""
     with contextlib.ExitStack() as tracing:
         for i, call in enumerate(calls):
             if folder and i == 1:

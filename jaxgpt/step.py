@@ -39,7 +39,7 @@ class StepSpec(NamedTuple):
     grad_accumulation: int
     dtype: jnp.dtype
     loss_chunks: int = 1
-    per_device_gradients: bool = False  # each device takes its part of the batch: sharding.mean_over_devices
+    per_device_gradients: bool = False  # of each device's part of the batch: sharding.mean_over_devices
 
 
 def stream_key(seed: int, stream: int) -> jax.Array:
@@ -81,13 +81,13 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> Trai
 
 
 def averaged(state: TrainState) -> dict[str, Any]:
-    """Return the weights to use outside of training: their average if the optimizer keeps one, else those themselves.
+    """Return the weights to evaluate, sample and export: their average if the optimizer keeps one, else the weights.
 
     Args:
         state: before, between or after steps.
 
     Returns:
-        A nested dict of float32 parameters, which the next step donates.
+        A nested dict of float32 parameters; the next step takes over their buffers.
     """
     return optax.tree.get(state.opt_state, "average", state.params)
 
@@ -96,7 +96,7 @@ def build(spec: StepSpec, params: dict[str, Any]) -> GPT:
     """Assemble the model for training: its activations have the compute dtype.
 
     The parameters stay float32, so that their gradients, sums over tokens, parts and devices, are float32 too. Matrices
-    are rounded where they are multiplied.
+    are rounded where they are multiplied, and before devices send them to each other.
 
     Args:
         spec: static; gives the model's structure and the compute dtype.
@@ -105,14 +105,14 @@ def build(spec: StepSpec, params: dict[str, Any]) -> GPT:
     Returns:
         The model.
     """
-    model = nnx.merge(spec.graphdef, sharding.for_compute(params))
+    model = nnx.merge(spec.graphdef, sharding.for_compute(params, spec.dtype))
     model.dtype = spec.dtype
     return model
 
 
 @partial(jax.jit, static_argnames="spec")
 def cast(params: dict[str, Any], spec: StepSpec) -> GPT:
-    """Assemble the model for use outside a train step.
+    """Assemble the model for evaluation and sampling: no gradients are needed, so all parameters are rounded once.
 
     Args:
         params: nested dict of float32 parameters.
@@ -126,7 +126,12 @@ def cast(params: dict[str, Any], spec: StepSpec) -> GPT:
 
 
 def token_losses(
-    model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs | None = None, chunks: int = 1
+    model: GPT,
+    inputs: jax.Array,
+    targets: jax.Array,
+    rngs: nnx.Rngs | None = None,
+    chunks: int = 1,
+    documents: jax.Array | None = None,
 ) -> jax.Array:
     """Compute the cross-entropy of each token.
 
@@ -137,15 +142,16 @@ def token_losses(
         rngs: source of the dropout masks; None switches dropout off.
         chunks: number of pieces into which T is divided, a divisor of T. Only one piece's logits are in memory at a
             time; the backward pass recomputes them.
+        documents: (B, T) integers; a token sees only tokens of its own document. None = all are of the same one.
 
     Returns:
         (B, T) float32 losses in nats.
     """
     chex.assert_equal_shape([inputs, targets])
-    x, _ = model.hidden(inputs, rngs=rngs)
+    x, _ = model.hidden(inputs, documents=documents, rngs=rngs)
 
     def losses(x, targets):
-        return optax.softmax_cross_entropy_with_integer_labels(model.logits(x), targets)
+        return optax.softmax_cross_entropy_with_integer_labels(model.logits(x, padded=True), targets)
 
     if chunks == 1:
         return losses(x, targets)
@@ -154,12 +160,26 @@ def token_losses(
     return jnp.concatenate(list(per_piece), axis=1)
 
 
-def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec):
-    """Compute the mean loss of a step and its gradient; the grad_accumulation parts run one after another.
+def mean_loss(model: GPT, inputs, targets, documents=None, weights=None, *, rngs=None, chunks: int = 1) -> jax.Array:
+    """Compute the mean loss of a batch.
+
+    Args:
+        model, inputs, targets, documents, rngs, chunks: as for `token_losses`.
+        weights: (B, T) float32 of each target, from `data.batch`; None = all are 1.
+
+    Returns:
+        () float32 in nats per token.
+    """
+    losses = token_losses(model, inputs, targets, rngs, chunks, documents)
+    return losses.mean() if weights is None else (losses * weights).mean()
+
+
+def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec):
+    """Compute the mean loss of a step and its gradient; the grad_accumulation parts are computed one by one.
 
     Args:
         params: nested dict of float32 parameters.
-        batch: inputs and targets, each (grad_accumulation * B, T) integers.
+        batch: from `data.batch`: inputs and targets, each (grad_accumulation * B, T) integers, and perhaps more.
         key: typed PRNG key for dropout.
         spec: static.
 
@@ -168,9 +188,9 @@ def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array]
     """
     parts = spec.grad_accumulation
 
-    def loss_of(params, part, inputs, targets):
+    def loss_of(params, part, *batch):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, part))
-        return token_losses(build(spec, params), inputs, targets, rngs, spec.loss_chunks).mean()
+        return mean_loss(build(spec, params), *batch, rngs=rngs, chunks=spec.loss_chunks)
 
     def add_part(total, part):
         loss_and_grads = jax.value_and_grad(loss_of)(params, *part)
@@ -183,12 +203,12 @@ def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, jax.Array]
     return jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, stacked)[0])
 
 
-def train_step(state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec):
+def train_step(state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec):
     """Take one optimizer step; if the loss or the gradient is not finite, parameters and moments stay unchanged.
 
     Args:
         state: before the step.
-        batch: inputs and targets, each (grad_accumulation * B, T) integers.
+        batch: as for `loss_and_gradient`.
         key: typed PRNG key of the run; dropout depends on it and on state.step only.
         spec: static.
 
@@ -232,12 +252,12 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
-def train_steps(state: TrainState, windows: jax.Array, key: jax.Array, *, spec: StepSpec):
+def train_steps(state: TrainState, windows: jax.Array | data.Windows, key: jax.Array, *, spec: StepSpec):
     """Take n optimizer steps in one compiled call.
 
     Args:
         state: before the steps; its buffers are donated.
-        windows: (n, grad_accumulation * B, T + 1) unsigned integers, the windows of each step.
+        windows: (n, grad_accumulation * B, T + 1) unsigned integers, or Windows of that shape: those of each step.
         key: typed PRNG key of the run.
         spec: static.
 
@@ -246,59 +266,65 @@ def train_steps(state: TrainState, windows: jax.Array, key: jax.Array, *, spec: 
     """
 
     def one(state, windows):
-        return train_step(state, data.inputs_and_targets(windows), key, spec)
+        return train_step(state, data.batch(windows), key, spec)
 
     state, metrics = jax.lax.scan(one, state, windows)
-    return sharding.pin(state), metrics  # of the scan's result, too: it is what the next call is given
+    return sharding.pin(state), metrics  # pinned again: the result of the scan is the input of the next call
 
 
 @partial(jax.jit, static_argnames="spec")
-def estimate_loss(params: dict[str, Any], windows: jax.Array, *, spec: StepSpec) -> jax.Array:
+def estimate_loss(params: dict[str, Any], windows: jax.Array | data.Windows, *, spec: StepSpec) -> jax.Array:
     """Estimate the loss of a split from some random windows: a quick value for watching a run.
 
     Args:
         params: nested dict of float32 parameters.
-        windows: (n, B, T + 1) integers; pass the same ones each time to compare estimates.
+        windows: (n, B, T + 1) integers, or Windows of that shape; pass the same ones each time to compare estimates.
         spec: static.
 
     Returns:
-        The mean loss, () float32 in nats per token.
+        The mean loss of the n batches, () float32 in nats per token.
     """
     model = build(spec, params)
 
     def loss(windows):
-        return token_losses(model, *data.inputs_and_targets(windows), chunks=spec.loss_chunks).mean()
+        return mean_loss(model, *data.batch(windows), chunks=spec.loss_chunks)
 
     return jax.lax.map(loss, windows).mean()
 
 
 @partial(jax.jit, static_argnames=("batch_size", "chunks"))
-def _sums(model: GPT, tokens: jax.Array, batch_size: int, chunks: int) -> jax.Array:
+def _sums(model: GPT, split: data.Windows, batch_size: int, chunks: int) -> jax.Array:
     """The summed loss of each consecutive batch, (n_batches,) float32 in nats."""
     T = model.config.block_size
 
     def nats(i):
-        inputs, targets, valid = data.consecutive_batch(tokens, i, batch_size, T)
-        return jnp.sum(token_losses(model, inputs, targets, chunks=chunks), where=valid)
+        inputs, targets, documents, counted = data.consecutive_batch(split, i, batch_size, T)
+        return jnp.sum(token_losses(model, inputs, targets, None, chunks, documents), where=counted)
 
-    return jax.lax.map(nats, jnp.arange(data.consecutive_batches(len(tokens), batch_size, T)))
+    return jax.lax.map(nats, jnp.arange(data.consecutive_batches(len(split.tokens), batch_size, T)))
 
 
-def evaluate(model: GPT, tokens: jax.Array | Iterable[jax.Array], batch_size: int = 64, chunks: int = 1) -> float:
+def evaluate(
+    model: GPT,
+    tokens: jax.Array | data.Windows | Iterable[jax.Array | data.Windows],
+    batch_size: int = 64,
+    chunks: int = 1,
+) -> float:
     """Evaluate the model on a whole split: the number to quote.
 
     Args:
         model: in the compute dtype.
-        tokens: (N,) integers, or several such pieces. Consecutive windows predict every token of a piece but the first
-            exactly once.
-        batch_size: windows per batch; more if the devices of the mesh do not divide it.
+        tokens: (N,) integers, or Windows of that shape, or several such pieces. Consecutive windows predict every token
+            of a piece but the first, and but the first of each document, exactly once.
+        batch_size: windows per batch, rounded up to a multiple of the devices that share it.
         chunks: as for `token_losses`.
 
     Returns:
         The mean loss in nats per token.
     """
     nats, count, batch_size = 0.0, 0, sharding.whole_batches(batch_size)
-    for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray) else tokens:
-        nats += np.sum(np.asarray(_sums(model, jnp.asarray(piece), batch_size, chunks), np.float64))
-        count += len(piece) - 1
+    for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray | data.Windows) else tokens:
+        piece = data.Windows.of(piece)
+        nats += np.sum(np.asarray(_sums(model, jax.tree.map(jnp.asarray, piece), batch_size, chunks), np.float64))
+        count += len(piece.tokens) - 1 if piece.documents is None else int(piece.counted.sum())
     return float(nats / count)

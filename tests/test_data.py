@@ -62,11 +62,32 @@ def test_a_text_shorter_than_a_window_is_named_with_its_numbers():
 def test_a_pass_in_order_predicts_each_token_but_the_first_once(n):
     tokens, seen = jnp.arange(n, dtype=jnp.uint8), []
     for i in range(data.consecutive_batches(n, batch_size=2, block_size=8)):
-        inputs, targets, real = data.consecutive_batch(tokens, i, 2, 8)
+        inputs, targets, documents, real = data.consecutive_batch(tokens, i, 2, 8)
+        assert documents is None
         chex.assert_shape([inputs, targets, real], (2, 8))
         np.testing.assert_array_equal(targets[real], inputs[real] + 1)
         seen += np.asarray(targets[real]).tolist()
     assert seen == list(range(1, n))
+
+
+@pytest.mark.parametrize("ends", [[], [3], [1, 2, 3], [8], [4, 4, 9], [16, 17], [20]])
+def test_targets_count_where_they_are_in_the_document_of_their_input(ends):
+    tokens = np.arange(20)
+    documents = np.searchsorted(ends, tokens, side="right")
+    (row,) = documents[None, 3:12]
+    wanted = [row[t] == row[t + 1] for t in range(8)]
+    windows = data.Windows(jnp.asarray(tokens[None, 3:12]), jnp.asarray(documents[None, 3:12]))
+    inputs, targets, of_inputs, weights = data.batch(windows)
+    chex.assert_trees_all_equal((inputs, targets), data.batch(windows.tokens), data.inputs_and_targets(windows.tokens))
+    np.testing.assert_array_equal(of_inputs, row[None, :8])
+    np.testing.assert_allclose(weights[0], np.array(wanted) / np.mean(wanted), rtol=1e-6)
+    chex.assert_type(weights, jnp.float32)
+    seen = []
+    for i in range(data.consecutive_batches(20, batch_size=2, block_size=4)):
+        inputs, targets, of_inputs, counted = data.consecutive_batch(data.Windows(tokens, documents), i, 2, 4)
+        np.testing.assert_array_equal(of_inputs[counted], documents[inputs[counted]])
+        seen += np.asarray(targets[counted]).tolist()
+    assert seen == [i for i in range(1, 20) if i not in ends]
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 0}, {"train_fraction": 0.0}, {"train_fraction": 1.0}])

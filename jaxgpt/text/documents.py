@@ -14,9 +14,9 @@ from typing import BinaryIO, NamedTuple
 
 from jaxgpt.data import DataError
 from jaxgpt.errors import shortened
+from jaxgpt.files.byte_level import SAFE_CUT
 from jaxgpt.text import inputs, places
 from jaxgpt.text.inputs import File
-from jaxgpt.tokenizer import SAFE_CUT
 
 PIECE_BYTES = 1 << 20
 CUT_BYTES = 1 << 16  # how far we search for a safe cut; a longer text without spaces is cut between any two characters

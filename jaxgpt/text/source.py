@@ -5,7 +5,8 @@ Both provide the windows for `step.train_steps` and `step.estimate_loss`, and th
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +20,12 @@ from jaxgpt.data import DataConfig
 from jaxgpt.devices import sharding
 from jaxgpt.errors import shortened
 from jaxgpt.step import TRAIN, VAL, stream_key
-from jaxgpt.text import corpus, places, token_folder
+from jaxgpt.text import corpus, epochs, mixtures, places
+from jaxgpt.text.token_folder import TokenFolder
 from jaxgpt.text.workers import prefetched
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
 
+Batches = jax.Array | data.Windows
 EVALUATED = 1 << 20  # tokens of a folder's split on the devices at a time
 
 
@@ -32,6 +35,12 @@ class Text:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None):
         text = corpus.load(config.name, config.path)
         self.name, self.sha256, self.train_fraction = text.name, text.sha256, config.train_fraction
+        self.in_epochs = config.sampling == "epochs"
+        if config.documents == "separate":
+            raise data.DataError(
+                f"a text is a single document (--data.documents, separate; {_short(self)}): make a folder of its "
+                "documents with `jaxgpt prepare`, or leave the flag out"
+            )
         self.tokenizer = tokenizer or tokenizers.for_text(config.tokenizer, text.text, text.alphabet)
         try:
             self.ids = self.tokenizer.encode(text.text)
@@ -49,6 +58,10 @@ class Text:
     def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
         """Return the batches of steps `first` to `first + n - 1`; see `Source`."""
         tokens = self.splits.val if stream == VAL else self.splits.train
+        if self.in_epochs and stream == TRAIN:
+            numbers = np.arange(first * rows, (first + n) * rows, dtype=np.int64)
+            starts = epochs.starts((seed, stream), numbers, len(tokens), self.block_size)
+            return data.cut(tokens, starts.astype(np.int32).reshape(n, rows), self.block_size)
         steps = np.arange(first, first + n, dtype=np.int32)
         return data.windows(stream_key(seed, stream), tokens, steps, rows, self.block_size)
 
@@ -67,9 +80,12 @@ class Folders:
     """One or more token folders made by `jaxgpt prepare`."""
 
     def __init__(self, config: DataConfig):
-        self.mixture = token_folder.parse_sources(config.path, config.verify)
+        self.mixture = mixtures.parse_sources(config.path, config.verify)
         folders = [span.folder for span in self.mixture.spans]
         self.name, self.train_fraction = config.path, config.train_fraction
+        self.in_epochs, self.separate = config.sampling == "epochs", config.documents == "separate"
+        for folder in folders if self.separate else []:
+            _ = folder.ends  # read now, so that what is wrong with them is told before anything begins
         hashes = [f"{folder.sha256} {weight}" for folder, weight in zip(folders, self.mixture.weights)]
         self.sha256 = folders[0].sha256 if len(folders) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
         self.tokenizer = tokenizers.load(folders[0].tokenizer)
@@ -84,32 +100,39 @@ class Folders:
     def split(self, mesh: Mesh | None, block_size: int) -> None:
         """Cut each folder into the train and val splits."""
         self.mesh, self.block_size = mesh, block_size
-        self.splits = data.Splits(*token_folder.split(self.mixture, self.train_fraction, block_size))
+        self.splits = data.Splits(*mixtures.split(self.mixture, self.train_fraction, block_size))
 
-    def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> jax.Array:
+    def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> Batches:
         """Return the batches of `n` steps; each process reads only the rows of its devices. See `Source`."""
         mixture = self.splits.val if stream == VAL else self.splits.train
+        draw = mixtures.next_windows if self.in_epochs and stream == TRAIN else mixtures.draw_windows
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            steps = range(first, first + n)
-            where = (mixture, seed, stream)
-            return np.stack([token_folder.read_windows(*where, i, rows, self.block_size, index[1]) for i in steps])
+        def array(read: Callable[..., np.ndarray]) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                rest = rows, self.block_size, index[1], draw, read
+                return np.stack([mixtures.read_windows(mixture, seed, stream, first + i, *rest) for i in range(n)])
 
-        shape = (n, rows, self.block_size + 1)
-        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), read)
+            shape = (n, rows, self.block_size + 1)
+            return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), part)
 
-    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[jax.Array]:
+        tokens = array(TokenFolder.read)
+        return data.Windows(tokens, array(TokenFolder.documents)) if self.separate else tokens
+
+    def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[Batches]:
         """Yield the training batches of each call, reading ahead while the previous call computes; see `Source`."""
         return prefetched(lambda call: self.windows(TRAIN, seed, *call, rows), calls)
 
-    def pieces(self, split: str) -> Iterator[jax.Array]:
+    def pieces(self, split: str) -> Iterator[Batches]:
         """Yield a whole split for `evaluate`, in pieces; see `Source`."""
         if split == "all" and max(span.stop - span.start for span in self.mixture.spans) < 2:
             raise _too_short(self)
         size = max(EVALUATED // self.block_size, 1) * self.block_size
         mixture = self.mixture if split == "all" else getattr(self.splits, split)
-        for piece in token_folder.consecutive(mixture, size):
-            yield piece if self.mesh is None else sharding.place(self.mesh, piece)
+        pieces = mixtures.consecutive(mixture, size)
+        if self.separate:
+            pieces = map(data.Windows, pieces, mixtures.consecutive(mixture, size, TokenFolder.documents))
+        for piece in pieces:
+            yield piece if self.mesh is None else jax.tree.map(partial(sharding.place, self.mesh), piece)
 
 
 Source = Text | Folders
@@ -118,7 +141,7 @@ Source = Text | Folders
 `windows(stream, seed, first, n, rows)` returns the batches of the n steps from `first` on, (n, rows, T + 1) unsigned
 integers. The stream is TRAIN or ESTIMATE, both from the train split, or VAL. `feed(calls, seed, rows)` yields the
 training windows of each call; a call is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`;
-the split `all` is both as one.
+the split `all` is both as one. With `data.documents: separate`, each of these is `data.Windows` of that shape.
 """
 
 
@@ -134,12 +157,16 @@ def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Sourc
         DataError: a token folder cannot be read.
         TokenizerError: there is no such tokenizer, or its file is damaged.
     """
-    if config.path is None:
-        return Text(config, tokenizer)
-    local = os.path.expanduser(config.path)
-    mixture = "=" in config.path and not os.path.exists(local)  # else it is part of a name
-    folders = places.is_remote(config.path) or os.path.isdir(local) or mixture
-    return Folders(config) if folders else Text(config, tokenizer)
+    return Folders(config) if names_folders(config.path) else Text(config, tokenizer)
+
+
+def names_folders(path: str | None) -> bool:
+    """Whether a `data.path` names token folders, and no text."""
+    if path is None:
+        return False
+    local = os.path.expanduser(path)
+    mixture = "=" in path and not os.path.exists(local)  # else it is part of a name
+    return places.is_remote(path) or os.path.isdir(local) or mixture
 
 
 def _too_short(source: Source) -> data.DataError:

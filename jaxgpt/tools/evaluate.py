@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxgpt import step
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import ConfigError
-from jaxgpt.data import DataConfig, DataError
+from jaxgpt.data import DataConfig, DataError, Windows
 from jaxgpt.files.screen import Lenient
 from jaxgpt.runs.loading import Step, load
 from jaxgpt.settings.checks import Path, check_fields
@@ -45,7 +46,8 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     """Evaluate a run on a whole split.
 
     Returns:
-        `split`, `step`, `tokens` (the predicted ones: all but the first), `nats_per_token` and `bits_per_byte`.
+        `split`, `step`, `tokens` (the predicted ones: all but the first; with separate documents, but the first of
+        each), `nats_per_token` and `bits_per_byte`.
 
     Raises:
         ConfigError: there is no such split, or two texts are given.
@@ -61,7 +63,12 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     print(f"run {args.run}, step {run.step:,}{which}", file=Lenient(sys.stderr))
     given, text = bool(args.name or args.path), run.config.data
     if given:
-        text = DataConfig(name=args.name or text.name, path=args.path, train_fraction=text.train_fraction)
+        text = DataConfig(
+            name=args.name or text.name,
+            path=args.path,
+            train_fraction=text.train_fraction,
+            documents=text.documents if source.names_folders(args.path) else "packed",  # a text is one document
+        )
     elif run.corpus_sha256 is None:
         raise DataError(f"imported weights have no text of their own (--run, {args.run}): add --path FILE")
     opened = source.open_source(text, run.tokenizer)
@@ -83,7 +90,10 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
     def counted() -> Iterator[Any]:
         nonlocal tokens, size
         for piece in opened.pieces(args.split):
-            targets = np.asarray(piece)[1:]
+            windows = jax.tree.map(np.asarray, Windows.of(piece))
+            targets = windows.tokens[1:]
+            if windows.counted is not None:
+                targets = targets[windows.counted]
             tokens, size = tokens + len(targets), size + int(lengths[targets].sum())
             yield piece
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxgpt import loop as loops
 from jaxgpt.config import Config, ConfigError
-from jaxgpt.data import DataError, inputs_and_targets
+from jaxgpt.data import DataError, batch
 from jaxgpt.devices import sharding
 from jaxgpt.devices.remat import call_block
 from jaxgpt.errors import CheckpointError
@@ -90,8 +90,8 @@ def replay(args: ReplayArgs) -> Finding:
         key, rows = jax.random.key(config.seed), config.optim.grad_accumulation * config.data.batch_size
         for windows in source.feed(_calls_up_to(config, start, args.step - 1), config.seed, rows):
             state, _ = train_steps(state, windows, key, spec=spec)
-        (batch,) = source.windows(TRAIN, config.seed, args.step - 1, 1, rows)
-        first, values, loss = _examine(tensors(state, inputs_and_targets(batch), key, spec))
+        windows = jax.tree.map(lambda a: a[0], source.windows(TRAIN, config.seed, args.step - 1, 1, rows))
+        first, values, loss = _examine(tensors(state, batch(windows), key, spec))
         return Finding(args.step, start, loss, first, values)
 
 
@@ -130,13 +130,13 @@ def _examine(named: Iterable[tuple[str, jax.Array]]) -> tuple[str | None, str, f
 
 
 def tensors(
-    state: TrainState, batch: tuple[jax.Array, jax.Array], key: jax.Array, spec: StepSpec
+    state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec
 ) -> Iterator[tuple[str, jax.Array]]:
     """Compute the tensors of one `train_step`, in the order of the computation.
 
     Args:
         state: state before the step.
-        batch: inputs and targets, each (B, T) integers.
+        batch: from `data.batch`.
         key: the key of the run.
         spec: as for `train_step`.
 
@@ -149,7 +149,7 @@ def tensors(
     cut = [a.reshape(parts, -1, a.shape[-1]) for a in batch]
     for part in range(parts):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
-        yield from _forward(build(spec, state.params), cut[0][part], cut[1][part], rngs)
+        yield from _forward(build(spec, state.params), rngs, *(a[part] for a in cut))
     _, grads = jax.jit(loss_and_gradient, static_argnames="spec")(state.params, batch, dropout_key, spec)
     yield from _named("gradient of", grads)
     yield "norm of the gradient", optax.tree.norm(grads)
@@ -157,15 +157,17 @@ def tensors(
     yield from _named("updated", optax.apply_updates(state.params, updates))
 
 
-def _forward(model: GPT, inputs: jax.Array, targets: jax.Array, rngs: nnx.Rngs) -> Iterator[tuple[str, jax.Array]]:
+def _forward(
+    model: GPT, rngs: nnx.Rngs, inputs: jax.Array, targets: jax.Array, documents=None, weights=1.0
+) -> Iterator[tuple[str, jax.Array]]:
     x = model.dropout(model.embed(inputs), rngs)
     yield "embeddings", x
     for i, block in enumerate(model.blocks):
-        x, _ = call_block(block, x, None, jnp.int32(0), rngs, "none")
+        x, _ = call_block(block, x, None, jnp.int32(0), rngs, "none", documents, inputs)
         yield f"output of blocks.{i}", x
     logits = model.logits(model.ln_f(x))
     yield "logits", logits
-    yield "loss", optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    yield "loss", weights * optax.softmax_cross_entropy_with_integer_labels(logits, targets)
 
 
 def _named(kind: str, tree: Any) -> Iterator[tuple[str, jax.Array]]:

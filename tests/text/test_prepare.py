@@ -20,7 +20,7 @@ import pytest
 from jaxgpt import cli
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
-from jaxgpt.text import corpus, documents, inputs, prepare, token_folder
+from jaxgpt.text import corpus, documents, inputs, mixtures, prepare
 from jaxgpt.text.prepare import PrepareArgs, PrepareError
 from jaxgpt.tokenizer import CharTokenizer, TokenizerError
 
@@ -92,9 +92,9 @@ def test_documents_of_all_kinds_stand_in_order_with_their_ends(gpt2, tmp_path):
 
 def test_the_folder_can_be_read(play, tmp_path):
     out, tokens, _ = made(PrepareArgs(str(play), str(tmp_path / "out"), workers=1))
-    mixture = token_folder.parse_sources(str(out))
+    mixture = mixtures.parse_sources(str(out))
     np.testing.assert_array_equal(
-        np.concatenate([piece[:-1] for piece in token_folder.consecutive(mixture, 10**5)]), tokens[:-1]
+        np.concatenate([piece[:-1] for piece in mixtures.consecutive(mixture, 10**5)]), tokens[:-1]
     )
 
 
@@ -154,7 +154,7 @@ def test_bpe_is_trained_on_the_input_and_serves_other_inputs(play, tmp_path):
     (tmp_path / "other.txt").write_text("Other words.")
     other, tokens, _ = made(PrepareArgs(f"{tmp_path}/other.txt", f"{tmp_path}/other", str(out / "tokenizer.json")))
     assert tokenizer.decode(tokens[:-1]) == "Other words."
-    assert len(token_folder.parse_sources(f"{out}=1,{other}=2").spans) == 2
+    assert len(mixtures.parse_sources(f"{out}=1,{other}=2").spans) == 2
 
 
 @pytest.mark.full

@@ -15,7 +15,7 @@ from jaxgpt.data import DataConfig, DataError
 from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.devices.stopping import Stopped
-from jaxgpt.text import source, token_folder
+from jaxgpt.text import mixtures, source
 from jaxgpt.text.prepare import PrepareArgs, prepare
 from jaxgpt.tokenizer import CharTokenizer
 
@@ -64,9 +64,11 @@ def test_a_run_learns_from_a_folder_and_evaluates_the_whole_split(flags, tmp_pat
 
 
 @pytest.mark.full
-def test_an_interrupted_run_on_a_folder_ends_in_the_bits_of_an_uninterrupted_one(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [[], ["--data.sampling", "epochs", "--data.documents", "separate"]])
+def test_an_interrupted_run_on_a_folder_ends_in_the_bits_of_an_uninterrupted_one(flags, more, tmp_path, monkeypatch):
     from jaxgpt import loop
 
+    flags += more
     whole = jaxgpt.train(jaxgpt.load_config([*flags, "--run.dir", str(tmp_path / "whole")]))
     config, look = jaxgpt.load_config(flags), loop.TrainingLoop.estimate_and_sample
 
@@ -90,7 +92,7 @@ def test_a_step_sees_the_batch_that_the_seed_gives_it(folder):
     fed = np.concatenate([np.asarray(windows) for windows in found.feed(calls, seed=3, rows=4)])
     chex.assert_shape(fed, (11, 4, 17))
     for i in range(11):
-        expected = token_folder.read_windows(found.splits.train, 3, step.TRAIN, i, 4, 16)
+        expected = mixtures.read_windows(found.splits.train, 3, step.TRAIN, i, 4, 16)
         np.testing.assert_array_equal(fed[i], expected)
 
 

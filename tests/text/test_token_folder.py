@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.data import DataError
-from jaxgpt.text import token_folder, verified
-from jaxgpt.text.token_folder import Mixture, Span
+from jaxgpt.text import mixtures, token_folder, verified
+from jaxgpt.text.mixtures import Mixture, Span
 from jaxgpt.tokenizer import CharTokenizer
 
 
@@ -38,7 +38,7 @@ def two(tmp_path):
     """Two folders whose tokens tell where they stand: 0 to 999 and 10,000 to 12,999."""
     a = make_folder(tmp_path / "a", np.arange(1000, dtype=np.uint16))
     b = make_folder(tmp_path / "b", np.arange(10_000, 13_000, dtype=np.uint16))
-    return token_folder.parse_sources(f"{a}=0.7,{b}=2.1")
+    return mixtures.parse_sources(f"{a}=0.7,{b}=2.1")
 
 
 def error_of(call, *arguments):
@@ -168,7 +168,7 @@ def remote(tmp_path, monkeypatch):
 
 def test_an_equals_sign_in_the_name_of_a_remote_folder_is_part_of_it(remote):
     remote.rename(remote.with_name("lang=en"))
-    (span,) = token_folder.parse_sources("gs://bucket/lang=en").spans
+    (span,) = mixtures.parse_sources("gs://bucket/lang=en").spans
     assert span.folder.name == "gs://bucket/lang=en"
 
 
@@ -215,7 +215,7 @@ def test_weights_are_normalised(two):
     "path", ["a=0,b=1", "a=-1,b=1", "a=nan,b=1", "a=inf,b=1", "a=0.5,b", "a=x", "=1", "a=", "lang=en/a.txt", "a=1,"]
 )
 def test_a_weight_is_a_positive_number(path):
-    message = error_of(token_folder.parse_sources, path)
+    message = error_of(mixtures.parse_sources, path)
     assert repr(path) in message and "no such file or folder" in message and "DIR=WEIGHT" in message
 
 
@@ -224,7 +224,7 @@ def test_an_equals_sign_in_the_name_of_a_folder_that_exists_is_part_of_it(tmp_pa
     path = make_folder(tmp_path / name, np.arange(10, dtype=np.uint16))
     monkeypatch.setenv("HOME", str(tmp_path))
     for written in (path, f"~/{name}"):
-        (span,) = token_folder.parse_sources(written).spans
+        (span,) = mixtures.parse_sources(written).spans
         assert span.folder.path == tmp_path / name
 
 
@@ -232,7 +232,7 @@ def test_a_folder_of_a_mixture_may_have_an_equals_sign_in_its_name_and_a_tilde_b
     for name in ("lang=en", "lang=fr"):
         make_folder(tmp_path / name, np.arange(10, dtype=np.uint16))
     monkeypatch.setenv("HOME", str(tmp_path))
-    mixture = token_folder.parse_sources("~/lang=en=1,~/lang=fr=3")
+    mixture = mixtures.parse_sources("~/lang=en=1,~/lang=fr=3")
     assert [span.folder.path.name for span in mixture.spans] == ["lang=en", "lang=fr"]
     assert mixture.weights == (0.25, 0.75)
 
@@ -240,18 +240,18 @@ def test_a_folder_of_a_mixture_may_have_an_equals_sign_in_its_name_and_a_tilde_b
 def test_folders_of_different_tokenizers_do_not_mix(tmp_path):
     a = make_folder(tmp_path / "a", np.arange(10, dtype=np.uint16))
     b = make_folder(tmp_path / "b", np.arange(10, dtype=np.uint16), alphabet="abd")
-    assert a in (message := error_of(token_folder.parse_sources, f"{a}=1,{b}=1")) and b in message
+    assert a in (message := error_of(mixtures.parse_sources, f"{a}=1,{b}=1")) and b in message
 
 
 def test_the_leading_part_of_each_folder_is_for_training(two):
-    train, val = token_folder.split(two, 0.9, 8)
+    train, val = mixtures.split(two, 0.9, 8)
     assert [span[1:] for span in train.spans] == [(0, 900), (0, 2700)]
     assert [span[1:] for span in val.spans] == [(900, 1000), (2700, 3000)]
     assert train.weights == val.weights == two.weights
 
 
 def test_a_split_shorter_than_a_window_is_named_with_its_numbers(two):
-    message = error_of(token_folder.split, two, 0.9, 100)
+    message = error_of(mixtures.split, two, 0.9, 100)
     assert "100 in the validation split, 101 needed" in message and two.spans[0].folder.name in message
 
 
@@ -260,7 +260,7 @@ def test_a_split_shorter_than_a_window_is_named_with_its_numbers(two):
 
 def test_a_batch_depends_on_seed_stream_and_step_only(two):
     def read(*key):
-        return token_folder.read_windows(two, *key, batch_size=6, block_size=8)
+        return mixtures.read_windows(two, *key, batch_size=6, block_size=8)
 
     keys = list(itertools.product([1337, -1, -2], [0, 1], [0, 1, 10**12]))
     batches = {key: read(*key) for key in keys}
@@ -271,14 +271,14 @@ def test_a_batch_depends_on_seed_stream_and_step_only(two):
 
 def test_the_windows_of_a_step_stay_what_they_are(two):
     """A run that continues with another numpy must see the same data: these came from numpy 2.4."""
-    which, starts = token_folder.draw_windows(two, 1337, 0, 5, batch_size=4, block_size=8)
+    which, starts = mixtures.draw_windows(two, 1337, 0, 5, batch_size=4, block_size=8)
     assert (which.tolist(), starts.tolist()) == ([1, 1, 1, 0], [256, 2931, 501, 665])
 
 
 def test_rows_of_a_part_are_those_of_the_whole(two):
-    whole = token_folder.read_windows(two, 0, 0, 3, batch_size=12, block_size=8)
+    whole = mixtures.read_windows(two, 0, 0, 3, batch_size=12, block_size=8)
     rows = [slice(i, i + 4) for i in (0, 4, 8)]
-    parts = [token_folder.read_windows(two, 0, 0, 3, batch_size=12, block_size=8, rows=each) for each in rows]
+    parts = [mixtures.read_windows(two, 0, 0, 3, batch_size=12, block_size=8, rows=each) for each in rows]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     chex.assert_shape(whole, (12, 9))
     chex.assert_type(whole, np.uint16)
@@ -288,7 +288,7 @@ def test_rows_of_a_part_are_those_of_the_whole(two):
 def test_every_window_can_be_drawn_and_none_crosses_the_cut(two):
     folder = two.spans[0].folder
     mixture = Mixture((Span(folder, 100, 120),), (1.0,))
-    windows = token_folder.read_windows(mixture, 0, 0, 0, batch_size=2000, block_size=8)
+    windows = mixtures.read_windows(mixture, 0, 0, 0, batch_size=2000, block_size=8)
     counts = collections.Counter(windows[:, 0].tolist())
     assert set(counts) == set(range(100, 112)) and windows.max() == 119  # 12 windows of 8 inputs and a last target
     assert min(counts.values()) > 0.6 * 2000 / 12  # 5 sigma of 2,000 draws of 12
@@ -296,10 +296,10 @@ def test_every_window_can_be_drawn_and_none_crosses_the_cut(two):
 
 def test_folders_are_drawn_by_their_weights(two):
     n = 20_000
-    which, _ = token_folder.draw_windows(two, 0, 0, 0, n, 8)
+    which, _ = mixtures.draw_windows(two, 0, 0, 0, n, 8)
     sigma = (n * 0.25 * 0.75) ** 0.5
     assert abs((which == 0).sum() - 0.25 * n) < 4 * sigma
-    windows = token_folder.read_windows(two, 0, 0, 0, 100, 8)
+    windows = mixtures.read_windows(two, 0, 0, 0, 100, 8)
     np.testing.assert_array_equal(windows[:, 0] >= 10_000, which[:100] == 1)
 
 
@@ -311,8 +311,8 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(two):
 
 @pytest.mark.parametrize("size", [1, 7, 99, 100, 5000])
 def test_pieces_in_order_predict_each_token_but_the_first_of_a_span_once(two, size):
-    _, val = token_folder.split(two, 0.9, 8)
-    pieces = list(token_folder.consecutive(val, size))
+    _, val = mixtures.split(two, 0.9, 8)
+    pieces = list(mixtures.consecutive(val, size))
     assert max(map(len, pieces)) <= size + 1 and min(map(len, pieces)) > 1
     targets = np.concatenate([piece[1:] for piece in pieces])
     np.testing.assert_array_equal(targets, [*range(901, 1000), *range(12_701, 13_000)])
