@@ -68,7 +68,7 @@ def repeatable_sums() -> None:
     Raises:
         ArgumentError: a backend is running already, without that flag.
     """
-    if REPEATABLE in os.environ.get("XLA_FLAGS", ""):
+    if has_repeatable_sums():
         return
     devices = jax.config.jax_num_cpu_devices
     try:
@@ -80,6 +80,11 @@ def repeatable_sums() -> None:
             "the process starts"
         ) from None
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {REPEATABLE}".strip()
+
+
+def has_repeatable_sums() -> bool:
+    """Whether XLA was told to add up on GPUs in the same order each time."""
+    return REPEATABLE in os.environ.get("XLA_FLAGS", "")
 
 
 def is_old_gpu() -> bool:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-WIDE = jax.__version_info__ >= (0, 10)  # the CPU backend of jaxlib 0.7 has no bfloat16 matmul with a float32 result
+WIDE = jax.__version_info__ >= (0, 10)  # before, XLA's CPU backend has no bfloat16 matmul with a float32 result
 OUTPUT = "matmul"  # remat.py finds the results by this name, because a policy for dots does not see inside a custom VJP
 
 
@@ -44,8 +44,16 @@ def _backward(saved, dy):
 
 def _summed(a, b, axes, out):
     # For a bfloat16 result, XLA's CPU backend would widen the operands, and lose the 1.1x in speed that they gain.
-    wide = jnp.promote_types(a.dtype, jnp.float32) if WIDE else a.dtype
-    return jax.lax.dot_general(a, b, (axes, ((), ())), preferred_element_type=wide).astype(out)
+    return _wide(functools.partial(jax.lax.dot_general, dimension_numbers=(axes, ((), ()))), a, b).astype(out)
+
+
+def _wide(product, a, b):
+    """A product whose sums, and whose result, are float32 or wider."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    direct = functools.partial(product, preferred_element_type=wide)
+    if WIDE or a.dtype == wide:
+        return direct(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=lambda a, b: product(a.astype(wide), b.astype(wide)), default=direct)
 
 
 def _contract_rows(a, b, out):
@@ -79,22 +87,19 @@ def project(letters: str, x: jax.Array, w: jax.Array) -> jax.Array:
     Returns:
         float32.
     """
-    if w.dtype == x.dtype:
-        return jnp.einsum(letters, x, w, preferred_element_type=jnp.float32)
-    return _project(letters, x, w)
+    return _wide(functools.partial(jnp.einsum, letters), x, w) if w.dtype == x.dtype else _project(letters, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(letters, x, w):
-    return jnp.einsum(letters, x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    return _wide(functools.partial(jnp.einsum, letters), x, w.astype(x.dtype))
 
 
 def _project_backward(letters, saved, dy):
     (x, w), (first, second, result) = saved, re.split(",|->", letters)
     dy = dy.astype(x.dtype)  # a product of two bfloat16 operands, as forward, is many times as fast
-    wide = {"preferred_element_type": jnp.float32}
-    dx = jnp.einsum(f"{result},{second}->{first}", dy, w.astype(x.dtype), **wide)
-    dw = jnp.einsum(f"{first},{result}->{second}", x, dy, **wide)
+    dx = _wide(functools.partial(jnp.einsum, f"{result},{second}->{first}"), dy, w.astype(x.dtype))
+    dw = _wide(functools.partial(jnp.einsum, f"{first},{result}->{second}"), x, dy)
     return dx.astype(x.dtype), dw.astype(w.dtype)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,11 +29,12 @@ SPLIT = ("tensor", "fsdp")  # in this order, gathering along fsdp leaves one con
 RULES = (
     (r"(token|position)_embedding_table\.embedding", P(None, SPLIT)),
     (r"lm_head\.kernel", P(SPLIT, None)),
-    (r"blocks\.\d+\.(attn\.(query|key|value)|mlp\.fc)\.kernel", P("fsdp", "tensor")),
-    (r"blocks\.\d+\.(attn\.(query|key|value)|mlp\.fc)\.bias", P("tensor")),
+    (r"blocks\.\d+\.attn\.value_embedding_table\.embedding", P(None, SPLIT)),
+    (r"blocks\.\d+\.(attn\.(query|key|value)|mlp\.(fc|gate))\.kernel", P("fsdp", "tensor")),
+    (r"blocks\.\d+\.(attn\.(query|key|value)|mlp\.(fc|gate))\.bias", P("tensor")),
     (r"blocks\.\d+\.(attn|mlp)\.proj\.kernel", P("tensor", "fsdp")),
     (r"blocks\.\d+\.(attn|mlp)\.proj\.bias|lm_head\.bias", P()),
-    (r"(blocks\.\d+\.ln_[12]|ln_f)\.(scale|bias)", P()),
+    (r"(blocks\.\d+\.(ln_[12]|attn\.(query|key)_norm)|ln_f|embedding_norm)\.(scale|bias)", P()),
 )
 
 
@@ -106,7 +108,9 @@ def _words(sizes: dict[str, int]) -> str:
     return ", ".join(f"{axis} {size}" for axis, size in sizes.items())
 
 
-def check_sizes(mesh: Mesh, batch_size: int, width: int, n_head: int) -> None:
+def check_sizes(
+    mesh: Mesh, batch_size: int, width: int, n_head: int, n_kv_head: int = 0, mlp_width: int = 0, values: int = 0
+) -> None:
     """Check that the mesh divides the sizes of the model and the batch.
 
     Args:
@@ -114,21 +118,27 @@ def check_sizes(mesh: Mesh, batch_size: int, width: int, n_head: int) -> None:
         batch_size: windows per step.
         width: n_embd of the model.
         n_head: heads per block.
+        n_kv_head: heads of keys and values, 0 = n_head.
+        mlp_width: hidden channels, 0 = a multiple of width.
+        values: channels of the value embeddings, 0 = there are none.
 
     Raises:
         MeshError: a mesh axis does not divide one of the sizes.
     """
-    for name, size, axes in (
-        ("data.batch_size", batch_size, BATCH),
-        ("model.n_embd", width, SPLIT),
-        ("model.n_head", n_head, ("tensor",)),
+    for name, flag, size, axes in (
+        ("batch_size", "data.batch_size", batch_size, BATCH),
+        ("n_embd", "model.n_embd", width, SPLIT),
+        ("n_head", "model.n_head", n_head, ("tensor",)),
+        ("n_kv_head", "model.n_kv_head", n_kv_head, ("tensor",)),
+        ("mlp_width", "model.mlp_width", mlp_width, ("tensor",)),
+        ("n_kv_head * head_size", "model.head_size", values, SPLIT),
     ):
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if size % parts:
             near = sorted({max(size // parts, 1) * parts, (size // parts + 1) * parts})
             raise MeshError(
-                f"{name.split('.')[1]} {size} is not divisible by the {parts} devices of the mesh axes "
-                f"{' x '.join(axes)} (--{name}): use {' or '.join(map(str, near))}, or "
+                f"{name} {size} is not divisible by the {parts} devices of the mesh axes "
+                f"{' x '.join(axes)} (--{flag}): use {' or '.join(map(str, near))}, or "
                 f"--mesh.{axes[0]} {math.gcd(size, parts)}"
             )
 
@@ -206,6 +216,31 @@ def pin_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(BATCH))
 
 
+def map_over_devices(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
+    """Under jit: apply a function to a stack of matrices, of which each device computes its share.
+
+    Args:
+        function: maps (N, I, O) to the same shape, each matrix by itself.
+        stack: (n, I, O), the matrices of the blocks, sharded by their rules.
+
+    Returns:
+        (n, I, O), sharded as they are.
+    """
+    mesh = _mesh()
+    if mesh is None or mesh.size == 1:
+        return function(stack)
+    # One mesh axis after the other moves from the matrices to the stack, or back: each device sends only what another
+    # one needs. In one step, the partitioner would gather the whole stack on each device.
+    ways = P(None, "fsdp", "tensor"), P("fsdp", None, "tensor"), P(("fsdp", "tensor")), P(("fsdp", "tensor", "data"))
+    x = jnp.pad(stack, ((0, -len(stack) % mesh.size), (0, 0), (0, 0)))
+    for spec in ways:
+        x = jax.lax.with_sharding_constraint(x, spec)
+    x = function(x)
+    for spec in reversed(ways):
+        x = jax.lax.with_sharding_constraint(x, spec)
+    return x[: len(stack)]
+
+
 def whole_batches(rows: int) -> int:
     """Return the smallest number of rows, from `rows` on, that the devices of the mesh can split."""
     mesh = _mesh()
@@ -222,10 +257,15 @@ def padded(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def for_compute(params: dict[str, Any]) -> dict[str, Any]:
+def for_compute(params: dict[str, Any], dtype: jnp.dtype | None = None) -> dict[str, Any]:
     """Under jit: lay out the parameters for the forward pass, with embeddings and head split along a padded vocabulary.
 
-    The model drops the logits of the padding.
+    The model drops the logits of the padding. The matrices of the blocks stay as they are: the partitioner gathers them
+    where they are multiplied, after they were rounded.
+
+    Args:
+        params: nested dict of parameters.
+        dtype: of what the devices send each other; None = as the parameters. Gradients have the parameters' dtype.
     """
     mesh = _mesh()
     if mesh is None:
@@ -237,6 +277,8 @@ def for_compute(params: dict[str, Any]) -> dict[str, Any]:
         name = name_of(path)
         if name == "position_embedding_table.embedding":
             return jax.lax.with_sharding_constraint(leaf, P())
+        if name.endswith("value_embedding_table.embedding"):  # by heads, as the values that they are added to
+            return jax.lax.with_sharding_constraint(leaf, P(None, "tensor"))
         if (axis := axes.get(name)) is None:
             return leaf
         widths = [(0, 0)] * leaf.ndim
@@ -250,7 +292,27 @@ def for_compute(params: dict[str, Any]) -> dict[str, Any]:
         leaf = jnp.pad(jax.lax.with_sharding_constraint(leaf, channels), widths)
         return jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(leaf, channels), spec)
 
-    return jax.tree_util.tree_map_with_path(lay_out, params)
+    def lay_out_rounded(path, leaf):
+        name = name_of(path)
+        moves = mesh.size > mesh.shape["data"] and name.endswith(("embedding", "lm_head.kernel"))
+        if not moves or dtype in (None, leaf.dtype):
+            return lay_out(path, leaf)
+        return _rounded_first(dtype, spec_of(name), partial(lay_out, path), leaf)
+
+    return jax.tree_util.tree_map_with_path(lay_out_rounded, params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _rounded_first(dtype, spec, move, leaf):
+    """`move(leaf)`, rounded before it moves; its gradient, a sum over devices, is not rounded."""
+    # without the constraint, the partitioner would move the array and then round it
+    return move(jax.lax.with_sharding_constraint(leaf.astype(dtype), spec)).astype(leaf.dtype)
+
+
+_rounded_first.defvjp(
+    lambda dtype, spec, move, leaf: (_rounded_first(dtype, spec, move, leaf), leaf),
+    lambda dtype, spec, move, leaf, gradient: jax.linear_transpose(move, leaf)(gradient),
+)
 
 
 def place(mesh: Mesh, array: np.ndarray) -> jax.Array:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgpt.devices.matmul import WIDE, matmul
+from jaxgpt.devices.matmul import matmul
 from jaxgpt.model import GPT, GPTConfig
 
 
@@ -19,13 +19,26 @@ def test_value_and_gradients_are_those_of_the_plain_product(inputs, outputs):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)  # float32 sums of 15 and 32 terms
 
 
+def _sum(x, w):
+    return matmul(x, w).astype(jnp.float32).sum()
+
+
 def test_products_of_bfloat16_are_summed_in_float32():
     x, w = jnp.ones((2, 4096), jnp.bfloat16) * 0.01, jnp.ones((4096, 2), jnp.bfloat16)
     y, gradients = jax.vjp(jax.jit(matmul), x, w)
     chex.assert_type([y, *gradients(y)], jnp.bfloat16)
     exact = 4096 * float(x[0, 0])  # summed in bfloat16 it would stop growing at 256 terms
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, rtol=2**-8)
-    assert ("preferred_element_type=float32" in str(jax.make_jaxpr(matmul)(x, w))) == WIDE
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_all_products_have_float32_sums_and_results(platform):
+    x, w = jax.ShapeDtypeStruct((5, 48), jnp.bfloat16), jax.ShapeDtypeStruct((48, 32), jnp.float32)
+    traced = jax.jit(jax.value_and_grad(_sum, (0, 1))).trace(x, w)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    results = [line.rsplit("tensor<", 1)[1].split(">")[0] for line in products]
+    assert len(results) == 3 and all(result.endswith("xf32") for result in results), results
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

@@ -14,6 +14,7 @@ import chex
 import jax
 import pytest
 from flax import nnx
+from random_run import make_run
 
 import jaxgpt
 from jaxgpt.devices import processes
@@ -21,10 +22,11 @@ from jaxgpt.devices.processes import DistributedConfig
 from jaxgpt.files import lock
 from jaxgpt.runs import checkpoint
 from jaxgpt.text.prepare import PrepareArgs, prepare
+from jaxgpt.tokenizer import CharTokenizer
 
 
-def start(flags, devices=1, processes=1):
-    """`jaxgpt train` in each of some processes."""
+def start(flags, devices=1, processes=1, own=([], [])):
+    """`jaxgpt train` in each of some processes; `own` are the flags of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -34,7 +36,7 @@ def start(flags, devices=1, processes=1):
         them = ["--distributed.coordinator_address", address, "--distributed.num_processes", str(processes)]
         them += ["--distributed.process_id", str(i)]
         command = [sys.executable, "-m", "jaxgpt", "train", "--config", "configs/shakespeare_cpu.yaml"]
-        command += [*flags, *(them if processes > 1 else [])]
+        command += [*flags, *own[i], *(them if processes > 1 else [])]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started.append(subprocess.Popen(command, env=environ, **pipes))
     return started
@@ -82,6 +84,27 @@ def test_two_processes_compute_the_bits_of_one_with_two_devices(tiny_config, tmp
     assert records["one"] == records["two"]
     params = [nnx.to_pure_dict(nnx.state(jaxgpt.load(tmp_path / name, 40).model)) for name in ("one", "two")]
     chex.assert_trees_all_equal(*params)
+
+
+@pytest.mark.full
+def test_all_processes_start_from_the_weights_that_the_first_one_chooses(tmp_path, text, text_file):
+    """They need not see the same: the run that they start from may be training."""
+    losses = {"first": {6: 1.0, 9: 2.0}, "second": {6: 2.0, 9: 1.0}}
+    for name, measured in losses.items():
+        params = make_run(tmp_path / name, CharTokenizer.from_text(text), n_layer=1)
+        with checkpoint.Checkpoints(tmp_path / name / "checkpoints") as saved:
+            for step, val_loss in measured.items():
+                facts = {"val_loss": val_loss, "corpus_sha256": "none", "mesh": {}}
+                saved.save(step, {"params": jax.tree.map(lambda a, step=step: step * a, params)}, facts)
+        assert saved.best() == min(measured, key=measured.get)
+    flags = ["--config", "configs/finetune_gpt2.yaml", "--data.path", str(text_file), "--data.batch_size", "4"]
+    flags += ["--train.steps", "1", "--train.sample_tokens", "0", "--train.loss_chunks", "1"]
+    flags += ["--train.eval_batches", "1", "--mesh.data", "1", "--mesh.fsdp", "2"]
+    own = [["--run.init_from", str(tmp_path / name)] for name in losses]
+    codes, outputs = finish(start([*flags, "--run.dir", str(tmp_path / "run")], processes=2, own=own), 120)
+    assert codes == [0, 0], outputs
+    begun = nnx.to_pure_dict(nnx.state(jaxgpt.load(tmp_path / "run", 0).model))  # half of each matrix from each process
+    chex.assert_trees_all_equal(begun, jax.tree.map(lambda a: 6 * a, params))
 
 
 @pytest.mark.full

@@ -15,13 +15,15 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from meshes import MESHES
 
-from jaxgpt import config, init, step, training
+from jaxgpt import config, data, init, step, training
 from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig, MeshError
 from jaxgpt.model import GPTConfig
 from jaxgpt.runs import checkpoint
 
-SOME = [(1, 1, 1), (1, 2, 2), (2, 2, 2)]
+ONE = (1, 1, 1)
+SOME = [ONE, (1, 2, 2), (2, 2, 2)]
+SPLIT_IDS = [ONE, *(mesh for mesh in MESHES if mesh[2] > 1)]
 FAKE = [type("Device", (), {"process_index": i // 4})() for i in range(8)]
 
 
@@ -37,17 +39,43 @@ def on_eight_devices(command, timeout=900):
     "meshes, head, dropout, vocabulary",
     [
         (SOME, "linear", 0.1, 65),  # ids that no axis divides
-        ([(1, 1, 1), (1, 2, 2)], "linear", 0.1, 64),  # and ids that each axis divides
-        ([(1, 1, 1), (4, 1, 1)], "tied", 0.0, 65),  # each device by itself
-        pytest.param(MESHES, "linear", 0.1, 65, marks=pytest.mark.long),
-        pytest.param(MESHES, "tied", 0.1, 65, marks=pytest.mark.long),
+        ([ONE, (1, 1, 2)], "linear", 0.0, 22),  # ids that the axis divides
+        ([ONE, (2, 1, 2)], "linear", 0.0, 64),  # ids that each axis divides
+        ([ONE, (1, 2, 2)], "tied", 0.0, 1031),  # a prime number of ids, padded to whole tiles
+        ([ONE, (4, 1, 1)], "tied", 0.0, 65),  # each device by itself
+        *(
+            pytest.param(MESHES if ids == 65 else SPLIT_IDS, head, 0.1, ids, marks=pytest.mark.long)
+            for ids in (22, 64, 65, 1031)
+            for head in ("linear", "tied")
+        ),
     ],
 )
 def test_losses_are_the_same_on_every_mesh(meshes, head, dropout, vocabulary):
+    same_losses(meshes, head, dropout, vocabulary, {})
+
+
+MODERN = {"positions": "rope", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 4, "head_size": 16, "sliding_window": 9}
+MODERN |= {"activation": "silu", "gated": True, "mlp_width": 96, "embedding_norm": True, "value_embeddings": True}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        [ONE, (2, 2, 2)],
+        pytest.param([ONE, (2, 1, 1), (4, 1, 1)], marks=pytest.mark.long),  # each device by itself
+        pytest.param(MESHES, marks=pytest.mark.long),
+    ],
+)
+def test_losses_with_the_switches_of_todays_models_are_the_same_on_every_mesh(meshes):
+    meshes = [mesh for mesh in meshes if 4 % mesh[2] == 0]  # four heads of keys and values
+    same_losses(meshes, "tied", 0.1 if (1, 2, 2) in meshes else 0.0, 65, MODERN)
+
+
+def same_losses(meshes, head, dropout, vocabulary, switches):
     names = [",".join(map(str, mesh)) for mesh in meshes]
-    done = on_eight_devices(
-        [str(pathlib.Path(__file__).with_name("mesh_losses.py")), head, str(dropout), str(vocabulary), *names]
-    )
+    script = str(pathlib.Path(__file__).with_name("mesh_losses.py"))
+    done = on_eight_devices([script, head, str(dropout), str(vocabulary), json.dumps(switches), *names])
     assert "Involuntary full rematerialization" not in done.stderr
     found = json.loads(done.stdout)
     for name in names:
@@ -58,8 +86,9 @@ def test_losses_are_the_same_on_every_mesh(meshes, head, dropout, vocabulary):
 @pytest.mark.full
 def test_a_run_moves_from_mesh_to_mesh(tiny_config, tmp_path):
     flags = ["--config", "configs/shakespeare_cpu.yaml", *tiny_config, "--model.dropout", "0"]
-    for steps, (data, fsdp, tensor) in {"20": "122", "40": "211"}.items():
-        axes = ["--mesh.data", data, "--mesh.fsdp", fsdp, "--mesh.tensor", tensor, "--optim.decay_steps", "40"]
+    for steps, axes in {"20": "122", "40": "211"}.items():
+        axes = [word for name, size in zip(sharding.AXES, axes) for word in (f"--mesh.{name}", size)]
+        axes += ["--optim.decay_steps", "40"]
         moved = ["-m", "jaxgpt", "train", *flags, *axes, "--run.dir", str(tmp_path / "moved"), "--train.steps", steps]
         said = on_eight_devices(moved).stdout
     assert "continued at step 20" in said and "on another mesh" in said
@@ -82,9 +111,13 @@ def test_every_parameter_of_every_recipe_matches_one_rule_and_so_do_its_moments(
     model = training.abstract_model(resolved, "cpu")
     spec = training.step_spec(resolved, model)
     specs = sharding.specs(jax.eval_shape(partial(step.init_state, tx=spec.tx), step.params_of(model)))
-    adam = specs.opt_state[1][0]
-    assert specs.params == adam.mu == adam.nu
-    assert specs.step == adam.count == P()
+    rules, moments = (
+        [(sharding.name_of(path), spec) for path, spec in jax.tree_util.tree_leaves_with_path(tree)]
+        for tree in (specs.params, specs.opt_state)
+    )
+    assert {name for name, _ in moments} == {name for name, _ in rules} | {""}  # counters have no name
+    assert all(spec == dict(rules).get(name, P()) for name, spec in moments)
+    assert specs.step == P()
 
 
 def test_a_parameter_without_a_rule_is_an_error():
@@ -183,7 +216,7 @@ def test_each_device_evaluates_its_part_of_the_windows_whatever_their_number(row
         with jax.set_mesh(mesh):
             model = init.init_model(config, 0)
             assert step.evaluate(model, tokens, rows) == pytest.approx(step.evaluate(model, tokens, 1), rel=1e-5)
-            cost = sums.lower(model, tokens, used[-2], 1).compile().cost_analysis()
+            cost = sums.lower(model, data.Windows(tokens), used[-2], 1).compile().cost_analysis()
             flops.append(cost["flops"] / used[-2])  # per window
     assert flops[1] < 0.6 * flops[0]
 

@@ -1,6 +1,9 @@
 """Sums over tokens, parts and devices are taken in float32, whatever type the activations have."""
 
+import contextlib
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt import init, optim, step
 from jaxgpt.devices import sharding
@@ -45,15 +49,15 @@ def one_for_each_token(params):
 
 
 @functools.cache
-def expected(devices):
+def expected(sizes):
     """The cotangents of one pass over the batch as a whole, summed in float64.
 
-    They are those of a program for the same devices: another one rounds activations elsewhere.
+    They are those of a program for the same mesh: another one rounds activations elsewhere.
     """
     params, (inputs, targets) = problem()
     wide, ids = one_for_each_token(params)
     spec = spec_of(CONFIG)
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(devices))):
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(*sizes))):
         _, cotangents = jax.jit(step.loss_and_gradient, static_argnames="spec")(
             wide, (ids, targets), jax.random.key(0), spec
         )
@@ -65,8 +69,8 @@ def expected(devices):
     return sums | {TABLE: table, POSITIONS: rows.sum(0)}
 
 
-def gradients(parts, devices, per_device):
-    mesh = sharding.make_mesh(sharding.MeshConfig(devices))
+def gradients(parts, sizes, per_device):
+    mesh = sharding.make_mesh(sharding.MeshConfig(*sizes))
     params, batch = problem()
     with jax.set_mesh(mesh):
         gradient = functools.partial(step.loss_and_gradient, spec=spec_of(CONFIG, parts, per_device))
@@ -77,10 +81,19 @@ def gradients(parts, devices, per_device):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("devices, per_device", [(1, False), (2, False), (2, True)])
-def test_gradients_of_tables_and_biases_are_exact_sums_of_bfloat16_cotangents(parts, devices, per_device):
-    found = gradients(parts, devices, per_device)
-    sums = expected(1 if per_device else devices)
+@pytest.mark.parametrize(
+    "sizes, per_device",
+    [
+        ((1, 1, 1), False),
+        ((2, 1, 1), False),
+        ((2, 1, 1), True),
+        pytest.param((1, 2, 1), False, marks=pytest.mark.full),
+        pytest.param((1, 1, 2), False, marks=pytest.mark.full),
+    ],
+)
+def test_gradients_of_tables_and_biases_are_exact_sums_of_bfloat16_cotangents(parts, sizes, per_device):
+    found = gradients(parts, sizes, per_device)
+    sums = expected((1, 1, 1) if per_device else sizes)
     assert len(sums) == 2 * 6 + 1 + 2
     for path, exact in sums.items():
         if path[-2] == "key":
@@ -128,3 +141,37 @@ def test_a_tied_table_gets_the_gradients_of_both_its_uses():
     np.testing.assert_allclose(
         together[TABLE], separate[TABLE] + separate[("lm_head", "kernel")].T, rtol=1e-4, atol=1e-6
     )
+
+
+@contextlib.contextmanager
+def without_cache():
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # jax looks at the setting only once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("switches", [{"lm_head": "linear"}, {"lm_head": "tied", "value_embeddings": True}], ids=str)
+def test_devices_send_each_other_bfloat16_matrices_and_float32_gradients(switches, tmp_path):
+    """With fsdp, in the program right after the partitioner: XLA's CPU backend widens what it sends after that."""
+    config = dataclasses.replace(CONFIG, n_layer=1, **switches)
+    spec = spec_of(config)
+    mesh = sharding.make_mesh(sharding.MeshConfig(1, 2))
+    with jax.set_mesh(mesh):
+        state = init.abstract_state(init.abstract(config), spec.tx, mesh)
+        windows = jax.ShapeDtypeStruct((1, ROWS, T + 1), np.uint8)
+        lowered = step.train_steps.lower(state, windows, jax.eval_shape(jax.random.key, 0), spec=spec)
+        with without_cache():  # a program from the cache is not partitioned again
+            lowered.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_pass_re": "spmd.*"})
+    (dump,) = tmp_path.glob("*after_spmd-partitioning*")
+    sent = re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(.*channel_id=", dump.read_text())
+    matrices = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.sharding.is_fully_replicated]
+    assert {op for _, _, op in sent} == {"all-gather", "all-reduce"}
+    gathered = [dtype for dtype, _, op in sent if op == "all-gather"]
+    assert len(gathered) >= len(matrices) and set(gathered) == {"bf16"}
+    assert {dtype for dtype, _, op in sent if op == "all-reduce"} == {"f32"}
