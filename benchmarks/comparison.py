@@ -112,8 +112,7 @@ class Comparison:
     def in_turns(self) -> dict:
         """Training or generation."""
         env, workers = whole_runs.environment(self.args.device), {}
-        # as much memory of a GPU for jax as leaves PyTorch's sides theirs
-        env |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
+        env.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.4")  # of a GPU: what leaves PyTorch's sides theirs
         spec = {"flags": self.flags, "vocab_size": self.vocab_size} | self._sizes()
         try:
             workers["jaxgpt"] = Worker(str(HERE / "jax_side.py"), spec, env)

@@ -1,11 +1,13 @@
 """What each trick for CPUs gains: with it against without it, alternating rounds in one process.
 
-python benchmarks/tricks.py TRICK [--config FILE] [--rounds N] [--steps N]
+python benchmarks/tricks.py TRICK [--config FILE] [--rounds N] [--steps N] [--batch N]
   matmul      training: the weight gradients of devices/matmul.py against those of a plain product
   devices     training: each core as a device against one device with all cores
   bfloat16    training: --train.dtype bfloat16 against float32
+  muon        training: --optim.optimizer muon against adamw; what Muon costs, so the ratio is below 1
   dropout     training: a byte for each value's mask against nnx.Dropout's 32 bits
   last_block  generation past the window: the last block for the last token against all of it
+  rolling     generation past the window: a cache that rolls against the window recomputed, with positions rope
 Prints one JSON line: steps (or tokens) per second of both, and median and range of the paired ratios.
 """
 
@@ -27,6 +29,8 @@ from jaxgpt.config import Config
 from jaxgpt.devices import matmul, sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.training import mesh_config, resolve, step_spec
+
+TRICKS = ["matmul", "devices", "bfloat16", "muon", "dropout", "last_block", "rolling"]
 
 
 class Training:
@@ -57,11 +61,11 @@ class Wide(nnx.Dropout):
 
 
 class Sliding:
-    """Tokens of one sequence past the window."""
+    """Tokens past the window, which is recomputed."""
 
-    def __init__(self, config: Config, last_logits):
+    def __init__(self, config: Config, last_logits, rows: int):
         self.model = init.init_model(config.model, config.seed)
-        self.window = jax.numpy.zeros((1, config.model.block_size), jax.numpy.int32)
+        self.window = jax.numpy.zeros((rows, config.model.block_size), jax.numpy.int32)
         sampling._last_logits, ours = last_logits, sampling._last_logits
         args = self.model, self.window, jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)
         self.call = partial(sampling._slide.lower(*args, n=100).compile(), *args)
@@ -69,10 +73,25 @@ class Sliding:
         jax.clear_caches()
 
     def __call__(self) -> int:
-        return jax.block_until_ready(self.call())[0].shape[1]
+        return jax.block_until_ready(self.call())[0].size
 
 
-def sides(trick: str, config: Config, n: int) -> dict[str, Training | Sliding]:
+class Rolling:
+    """Tokens past the window, whose cache rolls."""
+
+    def __init__(self, config: Config, rows: int):
+        model = init.init_model(config.model, config.seed)
+        length = jax.numpy.int32(3 * config.model.block_size)
+        cache = sampling._empty(model, rows)._replace(length=length)
+        rest = jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)
+        args = model, jax.numpy.zeros(rows, jax.numpy.int32), cache, *rest
+        self.call = partial(sampling._decode.lower(*args, n=100).compile(), *args)
+
+    def __call__(self) -> int:
+        return jax.block_until_ready(self.call())[0].size
+
+
+def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training | Sliding | Rolling]:
     """With the trick, and without it."""
     ours = mesh_config(config)
     config = resolve(config, 65)
@@ -88,26 +107,32 @@ def sides(trick: str, config: Config, n: int) -> dict[str, Training | Sliding]:
         case "bfloat16":
             half = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype="bfloat16"))
             with_it, without = Training(half, ours, n), Training(config, ours, n)
+        case "muon":
+            with_muon = dataclasses.replace(config, optim=dataclasses.replace(config.optim, optimizer="muon"))
+            with_it, without = Training(with_muon, ours, n), Training(config, ours, n)
         case "dropout":
             with_it = Training(config, ours, n)
             model.Dropout, kept = Wide, model.Dropout
             without = Training(config, ours, n)
             model.Dropout = kept
         case "last_block":
-            with_it = Sliding(config, sampling._last_logits)
-            without = Sliding(config, lambda model, window: model(window)[:, -1])
+            with_it = Sliding(config, sampling._last_logits, rows)
+            without = Sliding(config, lambda model, window: model(window)[:, -1], rows)
+        case "rolling":
+            with_it, without = Rolling(config, rows), Sliding(config, sampling._last_logits, rows)
     return {"with": with_it, "without": without}
 
 
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trick", choices=["matmul", "devices", "bfloat16", "dropout", "last_block"])
+    parser.add_argument("trick", choices=TRICKS)
     parser.add_argument("--config", default="configs/shakespeare_cpu.yaml")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=20, help="training steps a call")
+    parser.add_argument("--batch", type=int, default=1, help="texts that are generated at a time")
     args = parser.parse_args()
-    measured = sides(args.trick, load_config(["--config", args.config]), args.steps)
+    measured = sides(args.trick, load_config(["--config", args.config]), args.steps, args.batch)
     speeds = {name: [] for name in measured}
     for i in range(args.rounds + 1):
         for name in list(measured)[:: 1 if i % 2 else -1]:
@@ -123,7 +148,7 @@ def main():
         "devices": str(jax.devices()),
         "jax": jax.__version__,
     }
-    unit = "tokens/s" if args.trick == "last_block" else "steps/s"
+    unit = "tokens/s" if args.trick in ("last_block", "rolling") else "steps/s"
     print(json.dumps({"trick": args.trick, "unit": unit, **result, **machine, "command": " ".join(sys.argv)}))
 
 

@@ -20,10 +20,16 @@ def result_of(program, *flags):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("trick", ["matmul", "devices", "bfloat16", "dropout", "last_block"])
+@pytest.mark.parametrize("trick", ["matmul", "devices", "bfloat16", "muon", "dropout", "last_block", "rolling"])
 def test_every_trick_is_measured(trick):
-    found = result_of("tricks.py", trick, *SMALL, "--steps", "2")
+    rope = ["--config", str(ROOT / "configs/modern/rope.yaml")] if trick == "rolling" else []
+    found = result_of("tricks.py", trick, *SMALL, *rope, "--steps", "2")
     assert found["trick"] == trick and found["with"] > 0 and found["without"] > 0 and found["ratio"] > 0
+
+
+def test_the_cost_of_float32_sums_is_measured():
+    found = result_of("sums.py", *SMALL, "--steps", "2")
+    assert found["sums"] == "all" and found["wall"]["ratio"]["median"] > 0 and found["cpu"]["ratio"]["median"] > 0
 
 
 def test_saves_are_measured(tmp_path):

@@ -5,8 +5,11 @@ import re
 import sys
 import time
 
+import jax
 import pytest
 
+from jaxgpt import load_config
+from jaxgpt.devices import sharding
 from jaxgpt.runs import metrics
 from jaxgpt.text.corpus import SHAKESPEARE_ALPHABET
 
@@ -182,6 +185,17 @@ def compared(tmp_path, text):
         return comparison.Comparison(WORKS[work][1][0], args, flags, tmp_path)
 
     return make
+
+
+def test_jaxgpts_side_is_made_of_what_training_is_made_of(compared):
+    import jax_side
+
+    config = load_config(compared("recipe", *SMALL).flags)
+    mesh = sharding.make_mesh(sharding.MeshConfig(1))
+    with jax.set_mesh(mesh):
+        loop, record, _ = jax_side.prepare(config, mesh)
+    assert loop.rows == 4 and record["parameters"] > 0
+    loop.emit({"kind": "train", "step": 20, "loss": 1.0, "tokens_per_second": 9.0, "mfu": None})  # it can log
 
 
 @pytest.mark.parity
