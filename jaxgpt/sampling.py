@@ -1,4 +1,8 @@
-"""Text from a model: prefill once, decode with a cache until the context is full, then slide the window."""
+"""Text from a model: `generate`, and `stream`, which returns the same tokens in pieces.
+
+The prompt is computed once (prefill). Then each new token is computed with a cache of the keys and values before it
+(decode), until the window of block_size tokens is full. From then on the window slides, as in the lecture.
+"""
 
 import math
 import operator
@@ -16,7 +20,7 @@ from jaxgpt.model import GPT, Cache
 from jaxgpt.settings.checks import check_key, check_number, check_prompt, check_stop
 
 NOISE = 1 << 26  # maximum number of random values drawn at a time
-LOOK = 64  # tokens after which `generate` looks whether all rows have had their stop token
+STOP_INTERVAL = 64  # tokens after which `generate` checks whether all rows have had their stop token
 
 
 class Rule(NamedTuple):
@@ -114,19 +118,21 @@ def _noise(key: jax.Array, first: jax.Array, n: int, rows: int, model: GPT) -> j
 def _empty(model: GPT, rows: int) -> Cache:
     """A cache that holds no tokens."""
     config, dtype = model.config, model.token_embedding_table.embedding.dtype
-    zeros = jnp.zeros((rows * config.n_head, config.block_size, config.width // config.n_head), dtype)
+    zeros = jnp.zeros((rows * config.kv_heads, config.block_size, config.channels_per_head), dtype)
     return Cache(((zeros, zeros),) * config.n_layer, np.int32(0))
 
 
 @jax.jit
 def _prefill(model: GPT, window: jax.Array, length: jax.Array) -> Cache:
-    """The cache of the first `length` tokens of a padded (B, T) window; `length` is () or, per row, (B,).
+    """The cache of a padded (B, T) window, of which the first `length` tokens count, () or, per row, (B,).
 
     The padding is never attended to: attention is causal, and decoding overwrites it.
     """
     _, cache = model.hidden(window)
     padding = [(0, 0), (0, model.config.block_size - window.shape[1]), (0, 0)]
-    return Cache(jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), length)
+    return Cache(
+        jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), jnp.minimum(length, model.config.block_size)
+    )
 
 
 def _hidden(model: GPT, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -155,18 +161,30 @@ def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Ru
     return tokens.T, token, cache
 
 
+@jax.jit
+def _extend(model: GPT, prompt: jax.Array, length: jax.Array, cache: Cache) -> Cache:
+    """Put what follows a full window in the first `length` tokens, () or (B,), of (B, T) prompts into their cache."""
+
+    def step(place, cache):
+        _, grown = _hidden(model, jax.lax.dynamic_index_in_dim(prompt, place, 1, keepdims=False), cache)
+        # what a row writes after its end is where its next token goes
+        return Cache(grown.layers, jnp.where(place < length, grown.length, cache.length))
+
+    return jax.lax.fori_loop(model.config.block_size, jnp.max(length), step, cache)
+
+
 def _last_logits(model: GPT, window: jax.Array) -> jax.Array:
     """`model(window)[:, -1]`, where the last block computes only keys and values for the tokens before the last one.
 
-    1.28x the tokens per second of configs/shakespeare_cpu.yaml on two cores: `python benchmarks/tricks.py last_block`.
+    `python benchmarks/tricks.py last_block` measures what this gains.
     """
     x = model.embed(window)
     for i, block in enumerate(model.blocks):
         if i < len(model.blocks) - 1:
-            x, _ = block(x)
+            x, _ = block(x, tokens=window)
         else:
-            _, keys_values = block.attn(block.ln_1(x))  # XLA removes the unused attention output
-            x, _ = block(x[:, -1:], keys_values, window.shape[1] - 1)
+            _, keys_values = block.attn(block.ln_1(x), tokens=window)  # XLA removes the unused attention output
+            x, _ = block(x[:, -1:], keys_values, window.shape[1] - 1, tokens=window[:, -1:])
     return model.logits(model.ln_f(x[:, -1:]))[:, 0]
 
 
@@ -187,7 +205,7 @@ def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax
 
 @partial(jax.jit, static_argnames="n")
 def _slide_rows(model: GPT, window: tuple[jax.Array, jax.Array], key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """`_slide` for rows of different lengths: `window` is (B, block_size) tokens, and how many of each row count, (B,).
+    """`_slide` for rows of different lengths: `window` is (B, block_size) tokens, and the length of each row, (B,).
 
     A row fills its window before it slides.
     """
@@ -213,29 +231,35 @@ def _join(prompt: jax.Array, new: list[jax.Array], lengths: jax.Array | None) ->
     if lengths is None:
         return joined
     T = prompt.shape[1]
-    place = jnp.arange(joined.shape[1])
-    order = jnp.where(place >= T, 1, jnp.where(place < jnp.asarray(lengths)[:, None], 0, 2))
+    position = jnp.arange(joined.shape[1])
+    order = jnp.where(position >= T, 1, jnp.where(position < jnp.asarray(lengths)[:, None], 0, 2))
     return jnp.take_along_axis(joined, jnp.argsort(order, axis=1), axis=1)  # a stable sort
+
+
+def _cache_of(model: GPT, prompt: jax.Array, length: jax.Array) -> Cache:
+    """The cache of the first `length` tokens, () or (B,), of (B, T) prompts, in pieces of few different sizes."""
+    T, block_size = prompt.shape[1], model.config.block_size
+    if not T:
+        return _empty(model, len(prompt))
+    padded = jnp.pad(prompt, ((0, 0), (0, (1 << (T - 1).bit_length()) - T)))
+    cache = _prefill(model, padded[:, :block_size], length)
+    return cache if T <= block_size else _extend(model, padded, length, cache)
 
 
 def _pieces(model, prompt, key, max_new_tokens, rule, lengths, chunk) -> Iterator[jax.Array]:
     """The new tokens of `stream`, as if there were no stop tokens."""
-    block_size = model.config.block_size
+    block_size, rolls = model.config.block_size, model.config.positions == "rope"
     prompt = jnp.asarray(prompt, jnp.int32)
-    window, token, cached = prompt[:, -block_size:], prompt[:, -1], min(prompt.shape[1], block_size) - 1
-    length = np.int32(cached)  # tokens in the cache; decoding starts with the last one of the prompt
+    rows, T = prompt.shape
+    token, length = prompt[:, -1], np.int32(T - 1)  # decoding starts with the last token, after `length` others
     if lengths is not None:
-        # padding may be no id of the vocabulary, and the table's NaN would get into the cache
-        prompt = jnp.where(jnp.arange(prompt.shape[1]) < lengths[:, None], prompt, 0)
-        window, length = prompt[:, :block_size], lengths - 1
+        # the padding may be any integers, and ids outside the table would put NaN into the cache
+        prompt = jnp.where(jnp.arange(T) < lengths[:, None], prompt, 0)
+        length = lengths - 1
         token = jnp.take_along_axis(prompt, length[:, None], axis=1)[:, 0]
-    rows = len(window)
-    room = block_size - cached if cached < block_size - 1 else 0  # a full window slides from the start
-    if room and cached:
-        width = min(block_size, 1 << (cached - 1).bit_length())  # powers of two, for few compilations
-        cache = _prefill(model, jnp.pad(window[:, :-1], ((0, 0), (0, width - cached))), length)
-    elif room:
-        cache = _empty(model, rows)
+    room = max_new_tokens if rolls else block_size - T + 1 if T < block_size else 0  # a full window slides at once
+    if room:
+        cache = _cache_of(model, prompt[:, :-1], length)
     new, done, limit = [], 0, max(NOISE // (rows * model.config.vocab_size), 1)
     while done < max_new_tokens and room:
         n = min(chunk, limit, max_new_tokens - done, room)
@@ -260,9 +284,10 @@ def _pieces(model, prompt, key, max_new_tokens, rule, lengths, chunk) -> Iterato
 
 @jax.jit
 def _fill(last: jax.Array, new: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Repeat the first stop token of each row in (B, n) new tokens, the `last` (B,) of which came before.
+    """Fill each row of (B, n) new tokens with its first stop token, from that token on.
 
-    Also return the new last tokens, which are stop tokens in the rows that have ended, and whether all have.
+    `last`, (B,), are the tokens before them: a row whose last token is a stop token has ended already. Also return the
+    new last tokens, and whether all rows have ended.
     """
     seen = jnp.concatenate([last[:, None], new], axis=1)
     found = jnp.isin(seen, stop)
@@ -273,8 +298,8 @@ def _fill(last: jax.Array, new: jax.Array, stop: jax.Array) -> tuple[jax.Array, 
 
 
 def _until_stop(pieces: Iterable[jax.Array], rows: int, stop: jax.Array) -> Iterator[jax.Array]:
-    """The pieces, in which each row repeats its first stop token, up to the one in which the last row ends."""
-    last = jnp.full(rows, -1, jnp.int32)  # a stop token in the prompt is none
+    """The pieces up to the one in which the last row ends; each row is filled with its first stop token."""
+    last = jnp.full(rows, -1, jnp.int32)  # a stop token in the prompt does not count
     for piece in pieces:
         new, last, ended = _fill(last, piece, stop)
         yield new
@@ -301,7 +326,7 @@ def stream(
     stop: int | Sequence[int] | None = None,
     chunk: int = 16,
 ) -> Iterator[jax.Array]:
-    """Generate like `generate`, but return the new tokens in pieces, as soon as they are there.
+    """Generate like `generate`, but return the new tokens in pieces, as soon as they are computed.
 
     Args:
         model, prompt, key, max_new_tokens, temperature, top_k, top_p, lengths: as for `generate`.
@@ -309,7 +334,7 @@ def stream(
         chunk: maximum number of tokens per piece.
 
     Returns:
-        An iterator of (B, n) int32, n from 1 to chunk. Nothing is computed before it is asked for.
+        An iterator of (B, n) int32 arrays, n from 1 to chunk. A piece is computed when it is asked for.
 
     Raises:
         ArgumentError: an argument has a wrong type or shape, or is out of its range.
@@ -357,9 +382,10 @@ def generate(
     Raises:
         ArgumentError: an argument has a wrong type or shape, or is out of its range.
     """
-    rules = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "lengths": lengths, "stop": stop}
-    looks = stop is not None and not isinstance(prompt, jax.core.Tracer)
-    new = list(stream(model, prompt, key, max_new_tokens, **rules, chunk=LOOK if looks else max_new_tokens))
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "lengths": lengths, "stop": stop}
+    checks = stop is not None and not isinstance(prompt, jax.core.Tracer)
+    chunk = STOP_INTERVAL if checks else max_new_tokens
+    new = list(stream(model, prompt, key, max_new_tokens, **options, chunk=chunk))
     if missing := max_new_tokens - sum(piece.shape[1] for piece in new):
         new.append(jnp.repeat(new[-1][:, -1:], missing, axis=1))  # all rows have ended
     return _join(prompt, new, lengths)

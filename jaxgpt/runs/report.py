@@ -43,13 +43,16 @@ def draw_loss(run_dir: str | pathlib.Path, title: str | None = None) -> pathlib.
     return _save(figure, pathlib.Path(run_dir) / "loss.png")
 
 
-def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, float]) -> pathlib.Path:
+def draw_ladder(
+    folder: str | pathlib.Path, runs: list[str], lines: dict[str, float], title: str = "The lecture, rung by rung"
+) -> pathlib.Path:
     """Draw the validation loss of several runs over their steps.
 
     Args:
         folder: holds the run directories, and gets the picture.
         runs: names of the run directories, from the highest loss to the lowest.
-        lines: name -> loss of models that need no training, drawn as horizontal lines.
+        lines: name -> loss to compare with, drawn as horizontal lines.
+        title: of the picture.
 
     Returns:
         The path of ladder.png.
@@ -67,7 +70,7 @@ def draw_ladder(folder: str | pathlib.Path, runs: list[str], lines: dict[str, fl
     for name, loss in lines.items():
         axes.axhline(loss, color="gray", linestyle=":", linewidth=1)
         axes.annotate(f"{name} {loss:.2f}", (0.01, loss), xycoords=("axes fraction", "data"), va="top", color="gray")
-    axes.set(xlabel="step", ylabel="validation loss (nats per character)", title="The lecture, rung by rung")
+    axes.set(xlabel="step", ylabel="validation loss (nats per character)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper center", ncols=2)
     return _save(figure, pathlib.Path(folder) / "ladder.png")

@@ -9,14 +9,30 @@ from jaxgpt.tools import ladder, ngrams
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def test_every_rung_is_a_config_on_top_of_the_one_before():
-    rungs = list(ladder.RUNGS)
-    for before, rung in itertools.pairwise(rungs):
-        assert f"base: {before}.yaml" in (ROOT / "configs" / "lecture" / f"{rung}.yaml").read_text()
+@pytest.mark.parametrize("recipes", [[f"lecture/{rung}" for rung in ladder.RUNGS], [*ladder.MODERN.values()][1:]])
+def test_every_rung_is_a_config_on_top_of_the_one_before(recipes):
+    for before, recipe in itertools.pairwise(recipes):
+        name = before.rpartition("/")[2]
+        assert f"base: {name}.yaml" in (ROOT / "configs" / f"{recipe}.yaml").read_text()
+
+
+def run_with(loss, **curve):
+    """The records of a run of 2 windows x 4 tokens, with its estimates by step."""
+    records = [{"kind": "start", "batch": [2, 4]}, {"kind": "final", "val_loss": loss}]
+    records += [{"kind": "train", "tokens_per_second": speed} for speed in (1.0, 800.0, 1e6)]
+    return records + [{"kind": "eval", "step": int(step[1:]), "val_loss": value} for step, value in curve.items()]
+
+
+def test_the_modern_table_gives_the_time_of_a_step_and_the_steps_to_the_goal():
+    slow, quick = run_with(1.8, s100=2.0, s200=1.914, s300=1.9), run_with(1.6, s100=1.8, s200=1.7)
+    lines = ladder.modern_table({"plain": [slow, quick], "tuned": [run_with(2.0, s100=2.1)]}).splitlines()
+    assert lines[2:] == [
+        "| plain | 1.700 (1.600 to 1.800, 2 seeds) | 10.0 ms | 150 |", "| tuned | 2.000 | 10.0 ms |  |"
+    ]  # fmt: skip
 
 
 def test_the_table_gives_mean_and_range_beside_the_lecture():
-    lines = ladder.table({"one_head": [2.3, 2.5], "positions": [2.51]}).splitlines()
+    lines = ladder.table({"one_head": [run_with(2.3), run_with(2.5)], "positions": [run_with(2.51)]}).splitlines()
     assert lines[2:] == ["| one_head | 2.4 | 2.400 (2.300 to 2.500, 2 seeds) |", "| positions |  | 2.510 |"]
 
 
