@@ -1,6 +1,6 @@
 """The command line, `jaxgpt COMMAND`. An error becomes one line on stderr and an exit code.
 
-Each command imports what it needs, so that a command starts as quickly as it can.
+Each command imports only what it needs, so that it starts quickly.
 """
 
 import contextlib
@@ -18,18 +18,19 @@ from jaxgpt.settings.flags import ConfigError, help_text, parse, split_flags
 
 USAGE = """usage: jaxgpt COMMAND [flags]
 
-  train    train a recipe, or continue the run:  jaxgpt train --config configs/shakespeare_cpu.yaml
-  sample   write text with a trained run:        jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
-  eval     the loss of a run over a whole split: jaxgpt eval --run runs/shakespeare_cpu --split val
-  import   GPT-2's weights into a run directory:  jaxgpt import --from gpt2 --run runs/gpt2
-  export   a run for transformers, or StableHLO:  jaxgpt export --run runs/shakespeare_cpu --to exported
-  prepare  a corpus into a folder of tokens:      jaxgpt prepare --input texts/ --out data/texts
-  plan     memory, time and batch before a run:   jaxgpt plan --config configs/gpt2_124m.yaml --target v5e:2x4
-  ladder   train the small rungs of the lecture:  jaxgpt ladder
-  replay   where a loss stopped being finite:     jaxgpt replay --run runs/shakespeare_cpu --step 1234
-  doctor   what jax finds on this machine:        jaxgpt doctor
+  train    train a recipe, or continue its run:      jaxgpt train --config configs/shakespeare_cpu.yaml
+  sample   write text with a trained run:            jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
+  eval     evaluate a run over a whole split:        jaxgpt eval --run runs/shakespeare_cpu --split val
+  import   make a run from GPT-2's weights:          jaxgpt import --from gpt2 --run runs/gpt2
+  export   write a run for transformers, StableHLO:  jaxgpt export --run runs/shakespeare_cpu --to exported
+  prepare  turn a corpus into a folder of tokens:    jaxgpt prepare --input texts/ --out data/texts
+  plan     predict memory and time of a run:         jaxgpt plan --config configs/gpt2_124m.yaml --target v5e:2x4
+  ladder   train a ladder of recipes:                jaxgpt ladder
+  replay   find where a loss stopped being finite:   jaxgpt replay --run runs/shakespeare_cpu --step 1234
+  doctor   show what jax finds on this machine:      jaxgpt doctor
 
-`jaxgpt COMMAND --help` explains all flags. `--debug` shows the traceback of an error.
+`jaxgpt train` alone lists the recipes. `jaxgpt COMMAND --help` explains all flags of a command. `--debug` shows the
+traceback of an error.
 Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run directory unusable, 5 loss not finite,
 6 run directory busy or another run's, 7 storage write failed, 8 another process lost, 9 out of memory,
 75 stopped and saved, 130 Ctrl-C.
@@ -66,17 +67,23 @@ def plan_run(argv: Sequence[str]) -> None:
 
 def _need_recipe(argv: Sequence[str]) -> None:
     if not any(word.split("=")[0] == "--config" for word in argv):
+        if argv and not argv[0].startswith("-"):
+            raise ConfigError(f"no recipe (command line, {argv[0]!r}): write --config {argv[0]}")
         print(_list_of_recipes())
         raise ConfigError("no recipe (--config): choose one of those above")
 
 
 def _list_of_recipes() -> str:
-    """The recipes that ship with the package, and the YAML files below configs/ here, with the first line of each."""
+    """The recipes that ship with the package, and other YAML files below configs/ here, with the first line of each."""
     from jaxgpt.config import recipes
 
-    by_path = {str(file): file for file in sorted(pathlib.Path("configs").rglob("*.yaml"))}
+    by_name = recipes()
+    shipped = {file.resolve() for file in by_name.values()}
+    files_here = sorted(pathlib.Path("configs").rglob("*.yaml"))
+    by_path = {str(file): file for file in files_here if file.resolve() not in shipped}
     lines = []
-    for title, files in (("by name:", recipes()), ("by path:", by_path)):
+    names = "by name (in a clone also by path, such as --config configs/shakespeare_cpu.yaml):"
+    for title, files in ((names, by_name), ("by path:", by_path)):
         width = max(map(len, files), default=0)
         opening = {name: file.read_text(encoding="utf-8").partition("\n")[0] for name, file in files.items()}
         lines += [title] * bool(files)
@@ -153,7 +160,7 @@ def climb_ladder(argv: Sequence[str]) -> None:
 def examine_machine(argv: Sequence[str]) -> None:
     """`jaxgpt doctor`."""
     if _asks_for_help(argv):
-        print("usage: jaxgpt doctor\n\nWhat jax finds on this machine; ! marks a remedy.")
+        print("usage: jaxgpt doctor\n\nShow what jax finds on this machine; a line with ! has a remedy.")
         return
     if argv:
         raise ConfigError(f"doctor takes no flags (command line, {argv[0]}): run `jaxgpt doctor`")
@@ -188,7 +195,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-RESULTS = {"sample", "eval", "plan", "replay", "doctor"}  # what these print is their work, and must not get lost
+RESULTS = {"sample", "eval", "plan", "replay", "doctor"}  # these print their result: a write that fails is an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [word for word in argv if word != "--debug"]
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal need not know every character
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal cannot show becomes \x..
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -216,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if argv[0] in RESULTS:
             COMMANDS[argv[0]](argv[1:])
             if sys.stdout is not None:
-                sys.stdout.flush()  # here, where a disk that is full is an error
+                sys.stdout.flush()  # now, while a full disk can still be reported as an error
         else:
             with contextlib.redirect_stdout(Lenient(sys.stdout)):
                 COMMANDS[argv[0]](argv[1:])
@@ -227,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: BaseException, debug: bool) -> int:
-    """Say why a command failed; returns its exit code."""
+    """Print why a command failed, and return its exit code."""
     from jaxgpt.files.screen import flush_or_drop
 
     if debug:
@@ -241,7 +248,7 @@ def _fail(error: BaseException, debug: bool) -> int:
     if "jax" in sys.modules:
         from jaxgpt.devices import processes
 
-        if processes.is_multi_process():  # an orderly exit would wait for the others, who wait for this process
+        if processes.is_multi_process():  # an orderly exit would wait for the others, which wait for this one
             processes.exit_process(code)
     return code
 
@@ -277,7 +284,7 @@ def _translate(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped by Ctrl-C"
     if isinstance(error, BrokenPipeError):
-        return 0, ""  # nobody reads on, which is no error
+        return 0, ""  # the reader of a pipe has closed it, as `head` does
     if isinstance(error, OSError) and error.errno in storage.ERRNOS:
         return storage.StorageError.exit_code, storage.cannot_write(error.filename, error.errno)
     return 1, f"{type(error).__name__}: {text}"

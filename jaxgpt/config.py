@@ -1,6 +1,6 @@
 """The configuration: sections of frozen dataclasses, filled from recipes and command-line flags.
 
-A recipe, which is a YAML file, becomes the same flags as the command line, so both get the same checks.
+A recipe is a YAML file. It is read as the same flags as on the command line, so both go through the same checks.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class TrainConfig:
     loss_chunks: int = 1
     """Pieces in which the logits and losses of a window are computed, a divisor of block_size; more = less memory."""
     deterministic: bool = False
-    """Make the sums of a GPU repeatable, which is slower; those of CPUs are anyway."""
+    """Make sums on a GPU repeatable to the last bit, which is slower; sums on a CPU always are."""
     profile: Path | None = None
     """Folder for an xprof trace of the second to fourth compiled call (of steps_per_call steps)."""
     patience: int = 0
@@ -157,12 +157,13 @@ def find_recipe(named: str) -> tuple[pathlib.Path, str]:
     """
     path, known = pathlib.Path(os.path.expanduser(named)), recipes()
     if path.is_file():
+        # the parts of the path after its last folder `configs`
         inner = path.parts[len(path.parts) - path.parts[::-1].index("configs") :] if "configs" in path.parts else ()
         return path, pathlib.PurePath(*(inner or (path.name,))).with_suffix("").as_posix()
     if named in known:
         return known[named], named
     near = difflib.get_close_matches(path.stem, [name.rpartition("/")[2] for name in known], 1)
-    near = [name for name in known if near and name.endswith(near[0])]
+    near = sorted((name for name in known if near and name.endswith(near[0])), key=len)
     meant = f"perhaps you meant {near[0]}; " if near else ""
     raise ConfigError(f"no such config (--config, {named}): {meant}`jaxgpt train` lists the recipes")
 
@@ -172,8 +173,8 @@ def inherited(run_dir: str, values: Iterable[str]) -> dict[str, str]:
 
     Args:
         run_dir: the run that has the weights.
-        values: names of the settings that are given already. A run's own config.yaml gives all of them, so continuing
-            a run never needs `run_dir`.
+        values: names of the settings that are given already. The config.yaml of a run gives all of them, so a run can
+            continue without `run_dir`.
 
     Returns:
         The inherited values by flag name; empty if all of them are given.
@@ -217,8 +218,8 @@ def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[s
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}" if mark else "somewhere"
-        if isinstance(error, _TwiceError):
-            raise ConfigError(f"a key is there twice ({path}, {line}, {error.problem}): leave one of them") from None
+        if isinstance(error, _DuplicateKeyError):
+            raise ConfigError(f"duplicate key ({path}, {line}, {error.problem}): remove one of the two") from None
         raise ConfigError(f"not YAML ({path}, {line}): write `section:` and indented `field: value` lines") from None
     if path.resolve() in seen:
         raise ConfigError(f"a config that is its own base ({path}): remove one `base:` line")
@@ -237,18 +238,18 @@ def read_file(path: pathlib.Path, seen: tuple[pathlib.Path, ...] = ()) -> dict[s
     return values
 
 
-class _TwiceError(yaml.MarkedYAMLError):
+class _DuplicateKeyError(yaml.MarkedYAMLError):
     """A mapping has a key twice."""
 
 
 class _Loader(yaml.BaseLoader):
-    """A loader that leaves scalars as text, and refuses what YAML itself drops in silence."""
+    """A loader that leaves scalars as text, and refuses duplicate keys, of which YAML silently drops the first."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise _TwiceError(problem=key.value, problem_mark=key.start_mark)
+                raise _DuplicateKeyError(problem=key.value, problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -6,7 +6,7 @@ This file is at the bottom of the package: every module derives its own errors f
 import re
 import unicodedata
 
-LINE = 1000  # characters of an error, in which a path may be long
+LINE = 1000  # maximum characters of an error; a path in it may be long
 
 
 class JaxgptError(Exception):
@@ -17,7 +17,7 @@ class JaxgptError(Exception):
     """
 
     exit_code = 2
-    """What a command ends with."""
+    """The exit code of a command that ends with this error."""
 
 
 class ArgumentError(JaxgptError, ValueError):

@@ -5,25 +5,16 @@ import functools
 import json
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxgpt.errors import ArgumentError, JaxgptError, shortened
-from jaxgpt.files import tokenizer_files
+from jaxgpt.files import byte_level, tokenizer_files
+from jaxgpt.files.byte_level import END_OF_TEXT
 from jaxgpt.files.tokenizer_files import TokenizerError
 
-END_OF_TEXT = "<|endoftext|>"
 Ids = Sequence[int] | np.ndarray
-
-# A text can be cut between a non-space character and a space or newline: GPT-2's pattern always ends a piece there, so
-# the ids of the parts are the ids of the whole. The lookbehinds are the UTF-8 bytes of Unicode's spaces. After the cut
-# only these two spaces are allowed, because regex engines disagree about some others (\x1c to \x1f).
-SAFE_CUT = re.compile(
-    b"(?=[ \n])" + b"".join(b"(?<!%b)" % re.escape(chr(i).encode()) for i in range(0x3001) if chr(i).isspace())
-)
-CHUNK_BYTES, CHUNKS = 1 << 16, 32  # size of a call to the library, which needs a few hundred bytes per token
 
 
 class UnknownCharacterError(JaxgptError, ValueError):
@@ -31,12 +22,12 @@ class UnknownCharacterError(JaxgptError, ValueError):
 
 
 class Tokenizer:
-    """What all tokenizers have in common: each id stands for some bytes of a text."""
+    """The base class of the tokenizers: each id stands for some bytes of a text."""
 
     end_of_text: int | None = None
     """The id that ends a document; None if the tokenizer has none."""
     _bytes: list[bytes]
-    _special: frozenset[int] = frozenset()  # ids that stand for no text unless somebody asks for them
+    _special: frozenset[int] = frozenset()  # ids that are no text, such as the end of text
 
     @property
     def vocab_size(self) -> int:
@@ -45,7 +36,7 @@ class Tokenizer:
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """The number of UTF-8 bytes of a text that each id stands for, (vocab_size,) int64; 0 for special tokens."""
+        """How many UTF-8 bytes of a text each id stands for, (vocab_size,) int64; 0 for special tokens."""
         return np.array([0 if i in self._special else len(text) for i, text in enumerate(self._bytes)], np.int64)
 
     def decode(self, ids: Ids, skip_special_tokens: bool = False) -> str:
@@ -68,8 +59,8 @@ class Tokenizer:
             skip_special_tokens: whether special tokens are left out of the text.
 
         Yields:
-            The text of each piece up to its last whole character, and at the end what is left. Together they are what
-            `decode` makes of all ids.
+            The text of each piece up to its last whole character, and finally the rest. Joined, they are the text that
+            `decode` returns for all ids.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         left_out = self._special if skip_special_tokens else ()
@@ -100,7 +91,7 @@ class CharTokenizer(Tokenizer):
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
-        """Make a tokenizer of all characters that occur in a text, sorted as in the lecture.
+        """Make a tokenizer from all characters that occur in a text, sorted as in the lecture.
 
         Args:
             text: at least one character.
@@ -150,58 +141,36 @@ class BPETokenizer(Tokenizer):
         """Wrap a tokenizer of the tokenizers library.
 
         Args:
-            tokenizer: a `tokenizers.Tokenizer`, which must not be used elsewhere, since settings of it are changed.
+            tokenizer: a `tokenizers.Tokenizer`, which must not be used elsewhere, because its settings are changed.
             source: its name in error messages.
 
         Raises:
+            ArgumentError: it is not a `tokenizers.Tokenizer`.
             TokenizerError: it is not byte-level BPE with GPT-2's pre-tokenizer, so some texts would not be restored.
         """
         if not hasattr(tokenizer, "to_str"):
             raise ArgumentError(f"not a tokenizer (tokenizer, {type(tokenizer).__name__}): give a tokenizers.Tokenizer")
-        if not tokenizer_files.restores_any_text(tokenizer):
-            raise TokenizerError(f"not byte-level BPE in GPT-2's form ({source}): use char, gpt2 or bpe")
-        added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-        if tokenizer.token_to_id(END_OF_TEXT) is not None and not (END_OF_TEXT in added and added[END_OF_TEXT].special):
-            tokenizer.add_special_tokens([END_OF_TEXT])
-        tokenizer.encode_special_tokens = True  # <|endoftext|> in a text is ordinary text
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.model.dropout = None  # a text always has the same ids
+        byte_level.configure(tokenizer, source)
         self._tokenizer = tokenizer
         self._bytes = tokenizer_files.bytes_of_ids(tokenizer, source)
         self._special = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
-        # a chunk must not end inside an added token, or between it and the spaces that it takes along
-        self._cuttable = not any(t.rstrip or SAFE_CUT.search(t.content.encode(), 1) for t in added.values())
+        self._cuttable = byte_level.is_cuttable(tokenizer)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
-        """Train a tokenizer, of whose ids `<|endoftext|>` is the last; equal texts give equal merges.
+        """Train a tokenizer, whose last id is `<|endoftext|>`; equal texts give equal merges.
 
         Args:
             texts: the texts, read once.
             vocab_size: number of ids, 257 or more.
 
         Raises:
-            TokenizerError: vocab_size is too large for these texts, or too small to hold all bytes.
+            TokenizerError: vocab_size is too large for these texts, or too small for all bytes.
+            ArgumentError: `texts` is one text, or has something else than texts in it.
         """
-        library = tokenizer_files.library()
         if isinstance(texts, str):
             raise ArgumentError(f"texts is one str of {len(texts)} characters (texts): give a list of texts")
-        if not isinstance(vocab_size, int | np.integer) or vocab_size < 257:
-            raise TokenizerError(f"too few ids for all bytes (vocab_size, {vocab_size!r}): use 257 or more")
-        trained = tokenizer_files.byte_level(library.models.BPE())
-        trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size - 1,
-            initial_alphabet=sorted(tokenizer_files.bytes_as_characters()),
-            show_progress=False,
-        )
-        trained.train_from_iterator(map(_text, texts), trainer)
-        trained.add_special_tokens([END_OF_TEXT])
-        if (reached := trained.get_vocab_size()) != vocab_size:
-            raise TokenizerError(
-                f"too little text for so many ids (vocab_size, {vocab_size}): use {reached} or fewer, or more text"
-            )
-        return cls(trained)
+        return cls(byte_level.train(map(_text, texts), vocab_size))
 
     @property
     def end_of_text(self) -> int | None:
@@ -214,7 +183,7 @@ class BPETokenizer(Tokenizer):
         return self.encode("\n") if self.end_of_text is None else np.array([self.end_of_text], np.int32)
 
     def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
-        """Encode a text, as transformers does without adding tokens at its ends.
+        """Encode a text as transformers does, but add no tokens at its start or end.
 
         Args:
             text: any text.
@@ -226,12 +195,8 @@ class BPETokenizer(Tokenizer):
         Raises:
             ArgumentError: the text is not valid Unicode.
         """
-        tokenizer, whole = self._with_special_tokens if special_tokens else self._tokenizer, _utf8(text)
-        chunks, ids = _chunks(whole) if self._cuttable else [text], [np.empty(0, np.int32)]
-        for i in range(0, len(chunks), CHUNKS):
-            encoded = tokenizer.encode_batch_fast(chunks[i : i + CHUNKS], add_special_tokens=False)
-            ids += [np.array(each.ids, np.int32) for each in encoded]
-        return np.concatenate(ids)
+        tokenizer = self._with_special_tokens if special_tokens else self._tokenizer
+        return byte_level.encode(tokenizer, _utf8(text), self._cuttable)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the tokenizer.
@@ -242,18 +207,18 @@ class BPETokenizer(Tokenizer):
         _path(path).write_text(self._tokenizer.to_str(), encoding="utf-8")
 
     def __reduce__(self):
-        return _from_json, (self._tokenizer.to_str(),)  # the library's own pickles lose settings
+        return _from_json, (self._tokenizer.to_str(),)  # for pickle: the library's own pickles lose settings
 
     @functools.cached_property
     def _with_special_tokens(self):
-        """The library's tokenizer, with special tokens in a text as their ids."""
+        """A copy of the library's tokenizer that reads special tokens in a text as their ids."""
         tokenizer = tokenizer_files.library().Tokenizer.from_str(self._tokenizer.to_str())
         tokenizer.encode_special_tokens = False
         return tokenizer
 
 
 def same(a: Tokenizer, b: Tokenizer) -> bool:
-    """Return whether two tokenizers give every text the same ids, and have the same special tokens.
+    """Return whether two tokenizers give the same ids to every text and have the same special tokens.
 
     Args:
         a: a tokenizer.
@@ -314,14 +279,6 @@ def for_text(spec: str, text: str, alphabet: str | None = None) -> Tokenizer:
 
 def _from_json(text: str) -> BPETokenizer:
     return BPETokenizer(tokenizer_files.from_json(text, "pickle"))
-
-
-def _chunks(text: bytes) -> list[str]:
-    """The text cut into chunks that can be encoded independently and in parallel."""
-    cuts = [0]
-    while len(text) - cuts[-1] > CHUNK_BYTES and (cut := SAFE_CUT.search(text, cuts[-1] + CHUNK_BYTES)):
-        cuts.append(cut.start())
-    return [text[a:b].decode() for a, b in zip(cuts, [*cuts[1:], len(text)])]
 
 
 def _path(path: str | os.PathLike) -> pathlib.Path:

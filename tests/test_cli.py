@@ -56,14 +56,22 @@ def test_each_command_explains_its_flags(command, capsys):
     ) in out
 
 
-def test_train_without_a_recipe_lists_them(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert cli.main(["train"]) == 2
-    said = capsys.readouterr()
-    assert said.err == "jaxgpt: error: no recipe (--config): choose one of those above\n"
-    for file in (ROOT / "configs").rglob("*.yaml"):
-        for way in (file.relative_to(ROOT), file.relative_to(ROOT / "configs").with_suffix("")):
-            assert f"--config {way.as_posix()} " in said.out
+def test_train_without_a_recipe_lists_each_of_them_once(capsys, monkeypatch, tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "mine.yaml").write_text("# A recipe of my own\n")
+    names = [file.relative_to(ROOT / "configs").with_suffix("") for file in (ROOT / "configs").rglob("*.yaml")]
+    for folder, others in ((ROOT, []), (tmp_path, ["configs/mine.yaml"])):
+        monkeypatch.chdir(folder)
+        assert cli.main(["train"]) == 2
+        said = capsys.readouterr()
+        assert said.err == "jaxgpt: error: no recipe (--config): choose one of those above\n"
+        listed = re.findall(r"^  --config (\S+)", said.out, re.MULTILINE)
+        assert sorted(listed) == sorted([*(name.as_posix() for name in names), *others])
+
+
+def test_a_recipe_without_its_flag_is_answered_with_the_flag(capsys):
+    code, line = error_of(capsys, ["train", "configs/shakespeare_cpu.yaml"])
+    assert code == 2 and line.endswith("write --config configs/shakespeare_cpu.yaml")
 
 
 @pytest.mark.parametrize(
@@ -451,7 +459,7 @@ def test_only_errors_meant_for_users_and_the_system_s_are_no_bugs(error, code, w
 
 def test_every_error_of_ours_says_its_code_and_derives_from_the_one_base():
     """An exception class of this package is a JaxgptError, or is caught where it is raised."""
-    inner = {"DamagedError", "OtherFormatError", "_TwiceError", "_Refused"}
+    inner = {"DamagedError", "OtherFormatError", "_DuplicateKeyError", "_Refused"}
     for name in [module.name for module in pkgutil.walk_packages(jaxgpt.__path__, "jaxgpt.")]:
         if name != "jaxgpt.__main__":
             for cls in vars(importlib.import_module(name)).values():

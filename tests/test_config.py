@@ -147,9 +147,9 @@ def test_a_wrong_command_line_is_one_line_with_the_remedy(argv, message):
         ("- 1\n- 2\n", "no sections"),
         ("base: bad.yaml\n", "its own base"),
         ("base: nowhere.yaml\n", "no such config"),
-        ("seed: 1\nmodel:\n  n_layer: 1\nseed: 2\n", r"twice \(.*bad.yaml, line 4, seed\)"),
-        ("model:\n  n_layer: 1\nmodel:\n  n_head: 1\n", r"twice \(.*bad.yaml, line 3, model\)"),
-        ("model:\n  n_layer: 1\n  n_head: 1\n  n_layer: 1\n", r"twice \(.*bad.yaml, line 4, n_layer\)"),
+        ("seed: 1\nmodel:\n  n_layer: 1\nseed: 2\n", r"duplicate key \(.*bad.yaml, line 4, seed\)"),
+        ("model:\n  n_layer: 1\nmodel:\n  n_head: 1\n", r"duplicate key \(.*bad.yaml, line 3, model\)"),
+        ("model:\n  n_layer: 1\n  n_head: 1\n  n_layer: 1\n", r"duplicate key \(.*bad.yaml, line 4, n_layer\)"),
         ("seed: !!python/object/apply:os.system ['true']\n", "not a single value"),
     ],
 )
@@ -171,7 +171,7 @@ def test_only_fields_that_decide_the_numbers_count_as_different():
     same += ["--optim.decay_steps", "2000", "--data.path", "moved.txt"]  # which is where the cosine ended before
     assert changes.differences(ours, configs.flat(load_config(same))) == []
     more = configs.flat(load_config(["--train.steps", "9"]))
-    assert changes.differences(ours, more) == ["optim.decay_steps (was 2000, now 9)"]
+    assert changes.differences(ours, more) == ["optim.decay_steps (was 2000, now 9) because train.steps differs"]
     other = configs.flat(load_config(["--model.n_layer", "2", "--seed", "1"]))
     assert changes.differences(ours, other) == ["seed (was 1337, now 1)", "model.n_layer (was 4, now 2)"]
 

@@ -1,5 +1,6 @@
 """Every command in README.md and docs/ runs as it is written, or is listed with the reason why no test runs it."""
 
+import itertools
 import os
 import pathlib
 import re
@@ -8,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+
+from jaxgpt.tools.ladder import RUNGS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -93,6 +96,50 @@ def test_every_page_is_in_the_navigation_and_every_reason_is_needed():
     nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if page.name not in nav] == []
     assert [part for part in NOT_RUN if not any(part in command for _, command in commands())] == []
+
+
+def test_every_file_of_the_package_is_on_the_map():
+    front = re.findall(r"^  (\w+\.py) ", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE)
+    wings = re.findall(r"`(\w+\.py)`", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"))
+    assert sorted(front) == sorted(path.name for path in (ROOT / "jaxgpt").glob("[!_]*.py"))
+    assert {path.name for path in (ROOT / "jaxgpt").glob("*/[!_]*.py")} <= set(wings)
+
+
+def opening(recipe):
+    """The comment at the beginning of a recipe."""
+    lines = (ROOT / "configs" / recipe).read_text(encoding="utf-8").splitlines()
+    return "\n".join(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def rows_about_recipes():
+    """Each row of a table about a recipe, with the path of the recipe; the ladder's rows have the name of a rung."""
+    for page in ("recipes.md", "lecture.md", "modern.md"):
+        for line in (ROOT / "docs" / page).read_text(encoding="utf-8").splitlines():
+            rung = re.sub(r"[ -]", "_", line[2:].partition(" |")[0]).replace("layer_norm", "layernorm")
+            found = re.search(r"configs/([\w/]+\.yaml)", line)
+            if line.startswith("|") and found:
+                yield found[1], line
+            elif line.startswith("|") and " to " in line and rung in RUNGS:
+                yield f"lecture/{rung}.yaml", line
+
+
+def test_each_recipe_opens_with_its_command_hardware_time_and_loss_or_says_that_it_was_not_run():
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        recipe = path.relative_to(ROOT / "configs").as_posix()
+        lines = opening(recipe).splitlines()
+        assert any(line.startswith(f"#   python train.py --config configs/{recipe}") for line in lines), recipe
+        measured = [
+            any(line.startswith(f"# {word}") for line in lines) for word in ("hardware: ", "time: ", "validation loss")
+        ]
+        assert all(measured) or any(line.startswith("# hardware, time, loss: not run yet") for line in lines), recipe
+
+
+def test_figures_and_flags_of_a_recipe_are_the_same_on_the_pages_and_in_its_file():
+    rows = list(rows_about_recipes())
+    assert len({recipe for recipe, _ in rows}) == len(list((ROOT / "configs").rglob("*.yaml")))
+    figure = re.compile(r"\d\.\d{3}|\d:\d\d|\b\d+ s\b|(?<=`)--[^`]+|estimated: \d+ GB")
+    different = [(recipe, text) for recipe, row in rows for text in figure.findall(row) if text not in opening(recipe)]
+    assert different == []
 
 
 @pytest.mark.full

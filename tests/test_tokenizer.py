@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.errors import JaxgptError
-from jaxgpt.files import download, tokenizer_files
+from jaxgpt.files import byte_level, download, tokenizer_files
 from jaxgpt.text import corpus
 from jaxgpt.text.corpus import SHAKESPEARE_ALPHABET
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer, TokenizerError, UnknownCharacterError
@@ -196,7 +196,7 @@ def test_a_safe_cut_is_one_that_gpt2s_pattern_makes_anyway(gpt2, text, data):
     import tokenizers as library
 
     pattern = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if cuts := [match.start() for match in tokenizers.SAFE_CUT.finditer(text.encode())]:
+    if cuts := [match.start() for match in byte_level.SAFE_CUT.finditer(text.encode())]:
         cut = data.draw(st.sampled_from(cuts))
         parts = text.encode()[:cut].decode(), text.encode()[cut:].decode()
         pieces = [piece for part in parts for piece, _ in pattern.pre_tokenize_str(part)]
@@ -206,14 +206,14 @@ def test_a_safe_cut_is_one_that_gpt2s_pattern_makes_anyway(gpt2, text, data):
 
 @pytest.mark.parametrize("text", ["a b", "a\nb", "é b", "。\n世"])
 def test_a_space_after_a_character_is_a_safe_cut(text):
-    assert tokenizers.SAFE_CUT.search(text.encode()).start() == len(text[0].encode())
+    assert byte_level.SAFE_CUT.search(text.encode()).start() == len(text[0].encode())
 
 
 def test_texts_of_many_chunks_have_the_ids_of_the_whole(gpt2, megabyte, monkeypatch):
     whole = gpt2.encode(megabyte)
-    monkeypatch.setattr(tokenizers, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(byte_level, "CHUNK_BYTES", 1000)
     np.testing.assert_array_equal(gpt2.encode(megabyte), whole)
-    monkeypatch.setattr(tokenizers, "CHUNK_BYTES", 10**9)
+    monkeypatch.setattr(byte_level, "CHUNK_BYTES", 10**9)
     np.testing.assert_array_equal(gpt2.encode(megabyte), whole)
 
 
@@ -349,7 +349,7 @@ def test_characters_have_no_special_tokens():
 def test_an_added_word_with_a_space_is_never_cut(extended, monkeypatch):
     text = "in New York  of xyz " * 50
     whole = extended.encode(text)
-    monkeypatch.setattr(tokenizers, "CHUNK_BYTES", 5)
+    monkeypatch.setattr(byte_level, "CHUNK_BYTES", 5)
     np.testing.assert_array_equal(extended.encode(text), whole)
 
 

@@ -41,7 +41,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ignored |= {"train.patience", "train.sample_tokens", "train.loss_chunks"}
     given = ({**flat(Config()), **each} for each in (before, now))
     found = changes(*({**each, END: each[END] or each["train.steps"]} for each in given))
-    return _described({name: pair for name, pair in found.items() if not name.startswith(tuple(ignored))})
+    described = _described({name: pair for name, pair in found.items() if not name.startswith(tuple(ignored))})
+    if before.get(END) or now.get(END):
+        return described
+    return [f"{each} because train.steps differs" if each.startswith(END) else each for each in described]
 
 
 def model_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

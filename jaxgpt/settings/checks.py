@@ -68,7 +68,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def check_seed(seed: int) -> None:
-    """Check that a seed is one of those that jax tells apart.
+    """Check that a seed is in the range in which every seed has a key of its own.
 
     Args:
         seed: from 0 to 2^32 - 1.
@@ -81,7 +81,7 @@ def check_seed(seed: int) -> None:
 
 
 def check_number(name: str, value: Any, test: Callable[[Any], bool], remedy: str) -> None:
-    """Check that an argument passes a test, which fails for what is no number, or what jax.jit traces.
+    """Check that a number passes a test. Anything that is not a number, or that jax.jit traces, fails.
 
     Raises:
         ArgumentError: it does not; the message ends in the remedy.
@@ -116,8 +116,8 @@ def check_prompt(prompt: Any, lengths: Any, vocab_size: int) -> Any:
     """Check prompts and their lengths.
 
     Args:
-        prompt: to be (B, T) integers in [0, vocab_size).
-        lengths: to be None, or (B,) integers from 1 to T; the padding after them may be any integers.
+        prompt: expected to be (B, T) integers in [0, vocab_size).
+        lengths: expected to be None, or (B,) integers from 1 to T; the padding after them may be any integers.
         vocab_size: number of ids.
 
     Returns:
@@ -145,7 +145,7 @@ def check_stop(stop: Any, vocab_size: int) -> Any:
     """Check stop tokens.
 
     Args:
-        stop: to be an id, a sequence of ids, or None.
+        stop: expected to be an id, a sequence of ids, or None.
         vocab_size: number of ids.
 
     Returns:
@@ -207,7 +207,7 @@ def _check_integers(name: str, value: Any, shape: tuple[int | str, ...], example
 
 
 def _check_range(name: str, values: Any, least: int, most: int) -> None:
-    """Check that all values of a NumPy array are from `least` to `most`; None has none.
+    """Check that all values of a NumPy array are from `least` to `most`; None passes.
 
     Raises:
         ArgumentError: they are not.

@@ -48,7 +48,8 @@ def split_flags(argv: Sequence[str], cls: type) -> dict[str, str | tuple[str, ..
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or word == "--":
-            raise ConfigError(f"unexpected argument (command line, {word!r}): write flags as --name VALUE")
+            remedy = "write flags as --name VALUE, a value with spaces in quotes"
+            raise ConfigError(f"unexpected argument (command line, {word!r}): {remedy}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name != "config":
@@ -104,7 +105,7 @@ def _build(cls: type, values: dict[str, str], where: str, prefix: str) -> Any:
         elif name in values:
             arguments[field.name] = _convert(values[name], field.type, name, where)
         elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"no value ({where}, --{name}): write --{name} VALUE")
+            raise ConfigError(f"a flag is missing ({where}, --{name}): write --{name} VALUE")
     try:
         return cls(**arguments)
     except ArgumentError as error:  # a check of the dataclass itself: `WHAT: REMEDY`

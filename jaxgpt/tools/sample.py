@@ -39,11 +39,11 @@ class SampleArgs:
     num_samples: int = 1
     """Number of texts to write; a line of dashes separates them."""
     temperature: float = 1.0
-    """Below 1, the text is more likely; above 1, more varied; 0 always takes the likeliest token."""
+    """Below 1, the text is more predictable; above 1, more varied; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Draw only from the k likeliest tokens."""
+    """Draw only from the k most likely tokens."""
     top_p: float | None = None
-    """Draw only from the likeliest tokens, as few as together have the probability p."""
+    """Draw only from the most likely tokens, as few as together have the probability p."""
     seed: int = 1337
     """Seed of the random numbers, from 0 to 2^32 - 1; another seed gives another text."""
     stream: bool = False
