@@ -196,8 +196,10 @@ def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
     sizes = sharding.sizes_of(config.mesh, target.n)
     model = config.model
     item = jnp.dtype(config.train.dtype).itemsize
-    arrays = 4 if config.optim.ema_decay else 3  # parameters, two moments, and perhaps an average, all float32
-    state = 4 * arrays * parameters // (sizes["fsdp"] * sizes["tensor"])
+    numbers = (4 if config.optim.ema_decay else 3) * parameters  # with two moments, and perhaps an average, all float32
+    if config.optim.optimizer == "muon":  # which has one moment
+        numbers -= model.n_layer * (model.attention_parameters + model.feed_forward_parameters)
+    state = 4 * numbers // (sizes["fsdp"] * sizes["tensor"])
     copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and parameters cast to the compute dtype
     # channels per token that a layer keeps: of the stream (twice), its norms and the outputs of the branches; queries,
     # keys and values, and what attention makes of them; hidden channels before and after their activation and gate

@@ -5,9 +5,10 @@ import pathlib
 import jax
 import pytest
 
-from jaxgpt import cli, training
+from jaxgpt import cli, step, training
 from jaxgpt import config as configs
 from jaxgpt.devices import chips
+from jaxgpt.optim import optimizer as optimizer_of
 from jaxgpt.text import corpus
 from jaxgpt.tools import ahead, plan
 from jaxgpt.tools.ahead import Needs
@@ -56,6 +57,18 @@ def test_devices_that_the_mesh_leaves_out_do_not_count(capsys):
     whole, half = (record_of(capsys, [*GPT2, "--target", "h200:8", "--mesh.data", n]) for n in ("8", "4"))
     assert (whole["devices"], half["devices"]) == (8, 4)
     assert half["tokens_a_second"] == whole["tokens_a_second"] / 2
+
+
+@pytest.mark.parametrize("optimizer, ema_decay", [("adamw", "0"), ("muon", "0"), ("muon", "0.9")])
+def test_an_estimate_counts_the_numbers_that_the_optimizer_keeps(optimizer, ema_decay):
+    flags = ["--config", str(ROOT / "configs/modern/shakespeare_cpu.yaml")]
+    flags += ["--optim.optimizer", optimizer, "--optim.ema_decay", ema_decay]
+    config = training.resolve(configs.load_config(flags), 65)
+    model = training.abstract_model(config, "gpu")
+    state = jax.eval_shape(lambda p: step.init_state(p, optimizer_of(config.optim)), step.params_of(model))
+    floats = sum(4 * leaf.size for leaf in jax.tree.leaves(state) if leaf.dtype == "float32")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert ahead.estimate_step(config, ahead.find_target("h100:1"), parameters).arguments == floats
 
 
 def test_remat_full_computes_the_forward_pass_of_the_blocks_again():
