@@ -1,4 +1,4 @@
-"""notebooks/lecture.ipynb: its cells as they are in the file, and, in minutes, what they do."""
+"""The notebooks: their cells as they are in the files, and, in minutes, what they do."""
 
 import builtins
 import json
@@ -12,14 +12,21 @@ import time
 import nbformat
 import pytest
 
+from jaxgpt.config import recipes
+
 ROOT = pathlib.Path(__file__).parents[1]
-NOTEBOOK = ROOT / "notebooks" / "lecture.ipynb"
+LECTURE, BEYOND = (ROOT / "notebooks" / name for name in ("lecture.ipynb", "beyond_the_lecture.ipynb"))
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 
 
+@pytest.fixture(scope="module", params=[LECTURE, BEYOND], ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def notebook():
-    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+def notebook(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def sources(notebook, kind):
@@ -80,13 +87,13 @@ def test_every_code_cell_compiles(notebook):
         assert compile(python, f"code cell {i}", "exec")
 
 
-def test_the_badge_opens_this_notebook_of_the_repository_that_the_install_cell_names(notebook):
+def test_the_badge_opens_this_notebook_of_the_repository_that_the_install_cell_names(path, notebook):
     badge = re.match(
         r"\[!\[Open in Colab\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]"
         r"\(https://colab\.research\.google\.com/github/([^/]+/[^/]+)/blob/main/([^)]+)\)",
         sources(notebook, "markdown")[0],
     )
-    assert badge and ROOT / badge[2] == NOTEBOOK
+    assert badge and ROOT / badge[2] == path
     assert f'"git+https://github.com/{badge[1]}"' in sources(notebook, "code")[0]
 
 
@@ -119,27 +126,41 @@ def test_a_missing_jaxgpt_comes_from_the_clone_around_or_else_the_public_reposit
     assert done["new paths"] == ([] if place == "elsewhere" else [str(clone)])
 
 
-def test_the_notebook_imports_only_what_there_is():
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+def test_the_notebook_imports_only_what_there_is(path):
+    cells = nbformat.read(path, as_version=4).cells
     lines = [line for cell in cells if cell.cell_type == "code" for line in cell.source.splitlines()]
     imports = [line for line in lines if re.match(r"(from|import) jaxgpt\b", line)]
     assert len(imports) > 5
     exec("\n".join(imports), {})
 
 
-@pytest.mark.long
-def test_the_notebook_runs_from_top_to_bottom_in_under_five_minutes_and_climbs_the_ladder(monkeypatch):
+def test_the_notebook_names_only_recipes_and_files_that_there_are(notebook):
+    said = "\n".join(sources(notebook, "code") + sources(notebook, "markdown"))
+    files = set(re.findall(r"\b(?:configs|docs|jaxgpt|notebooks)/[\w/]+\.\w+", said))
+    assert files and [name for name in files if not (ROOT / name).is_file()] == []
+    named = set(re.findall(r"\bmodern/\w+(?![\w./])", said))
+    assert named <= set(recipes())
+
+
+def execute(path, monkeypatch):
+    """Run a notebook from top to bottom in under five minutes: what it printed, and the number of its pictures."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    executed = nbformat.read(NOTEBOOK, as_version=4)
-    client = nbclient.NotebookClient(executed, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    executed = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(executed, timeout=300, resources={"metadata": {"path": str(path.parent)}})
     began = time.perf_counter()
     client.execute()
     assert time.perf_counter() - began < 300
 
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     said = "".join(output.text for output in outputs if output.output_type == "stream")
+    return said, sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.long
+def test_the_notebook_of_the_lecture_climbs_its_ladder(monkeypatch):
+    said, pictures = execute(LECTURE, monkeypatch)
     rungs = {name.strip(): float(loss) for name, loss in re.findall(r"(?m)^(.+?) [\d,]+ param.* loss (\S+) ", said)}
     # the lecture's numbers, the counted bigrams' for positions; seeds and devices move them by 0.03
     expected = {
@@ -148,6 +169,21 @@ def test_the_notebook_runs_from_top_to_bottom_in_under_five_minutes_and_climbs_t
     }  # fmt: skip
     assert rungs == pytest.approx(expected, abs=0.05)
     assert float(re.search(r"GPT: validation loss ([\d.]+)", said)[1]) < 2.0
+    assert pictures == 7
 
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 7
+
+@pytest.mark.long
+def test_the_notebook_beyond_the_lecture_shows_what_it_says(monkeypatch):
+    said, pictures = execute(BEYOND, monkeypatch)
+    losses = dict(re.findall(r"(?m)^(\w[\w ]*?) +validation loss ([\d.]+)$", said))
+    expected = {"plain": 2.33, "new model": 2.10, "Muon": 1.93, "all": 1.91}  # seeds and devices move them by 0.03
+    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(expected, abs=0.05)
+
+    assert float(re.search(r"1,000 positions further on: ([\d.]+)", said)[1]) < 0.01
+    first = dict(re.findall(r"(\w+\.\w+) +norm of its first gradient ([\d.]+)", said))
+    assert {name for name, size in first.items() if float(size) > 0} == {"attn.proj", "mlp.proj"}
+    speeds = [float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) characters/s", said)]
+    for plain, recomputed, rolling in (speeds[:3], speeds[3:]):
+        assert rolling > 2 * max(plain, recomputed)
+    assert abs(float(re.search(r"difference +([-+][\d.]+)", said)[1])) < 0.02
+    assert pictures == 6
