@@ -51,6 +51,7 @@ SWITCHES = {
     "modern": MODERN,
     "llama": LLAMA | LLAMA3 | {"n_kv_head": 2, "qk_norm": True, "head_size": 6, "sliding_window": 5, "lm_head": "tied"},
 }
+TOGETHER = ("modern", "llama", "sliding_window")  # in which every switch is on somewhere; each alone takes longer
 
 
 def config_of(switch: str, **fields) -> GPTConfig:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from switches import SWITCHES, config_of
+from switches import SWITCHES, TOGETHER, config_of
 
 from jaxgpt import init, optim, sampling, step
 from jaxgpt.model import Cache, GPTConfig
@@ -59,7 +59,9 @@ def test_the_step_of_gpt2_lowers_with_the_attention_kernel_of_the_platform(monke
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("switch", SWITCHES)
+@pytest.mark.parametrize(
+    "switch", [pytest.param(name, marks=[] if name in TOGETHER else [pytest.mark.long]) for name in SWITCHES]
+)
 def test_every_switch_lowers_for_every_platform(switch):
     config, tokens = config_of(switch), jnp.zeros((2, 8), jnp.int32)
     model, documents = init.abstract(config), jnp.zeros((2, 8), jnp.int32)

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec as P
-from switches import LLAMA3, MODERN, SIZES, SWITCHES, config_of, decoded, random_model, random_params
+from switches import LLAMA3, MODERN, SIZES, SWITCHES, TOGETHER, config_of, decoded, random_model, random_params
 
 from jaxgpt import load_config
 from jaxgpt.devices import sharding
@@ -67,11 +67,8 @@ def test_each_switch_has_the_parameters_of_its_closed_form(switch):
     assert count(config_of(switch)) == PLAIN + COUNTS[switch]
 
 
-TOGETHER = ("modern", "llama", "sliding_window")  # in which every switch is on somewhere; each alone takes longer
-
-
 @pytest.mark.parametrize(
-    "switch", [pytest.param(name, marks=[] if name in TOGETHER else [pytest.mark.full]) for name in SWITCHES]
+    "switch", [pytest.param(name, marks=[] if name in TOGETHER else [pytest.mark.long]) for name in SWITCHES]
 )
 def test_past_logits_see_the_tokens_that_they_should_and_no_others_also_through_the_cache(switch):
     config, t = config_of(switch), 6
