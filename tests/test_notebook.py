@@ -136,10 +136,9 @@ def test_the_notebook_imports_only_what_there_is(path):
 
 def test_the_notebook_names_only_recipes_and_files_that_there_are(notebook):
     said = "\n".join(sources(notebook, "code") + sources(notebook, "markdown"))
-    files = set(re.findall(r"\b(?:configs|docs|jaxgpt|notebooks)/[\w/]+\.\w+", said))
+    files = set(re.findall(r"(?<![\w/])(?:configs|docs|jaxgpt|notebooks)/[\w/]+\.(?:md|ipynb|py|yaml)\b", said))
     assert files and [name for name in files if not (ROOT / name).is_file()] == []
-    named = set(re.findall(r"\bmodern/\w+(?![\w./])", said))
-    assert named <= set(recipes())
+    assert set(re.findall(r"\bmodern/\w+(?![\w./])", said)) <= set(recipes())
 
 
 def execute(path, monkeypatch):
@@ -176,14 +175,13 @@ def test_the_notebook_of_the_lecture_climbs_its_ladder(monkeypatch):
 def test_the_notebook_beyond_the_lecture_shows_what_it_says(monkeypatch):
     said, pictures = execute(BEYOND, monkeypatch)
     losses = dict(re.findall(r"(?m)^(\w[\w ]*?) +validation loss ([\d.]+)$", said))
-    expected = {"plain": 2.33, "new model": 2.10, "Muon": 1.93, "all": 1.91}  # seeds and devices move them by 0.03
+    expected = {"plain": 2.30, "new model": 2.02, "all": 1.90}  # seeds and devices move them by 0.03
     assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(expected, abs=0.05)
 
     assert float(re.search(r"1,000 positions further on: ([\d.]+)", said)[1]) < 0.01
     first = dict(re.findall(r"(\w+\.\w+) +norm of its first gradient ([\d.]+)", said))
     assert {name for name, size in first.items() if float(size) > 0} == {"attn.proj", "mlp.proj"}
     speeds = [float(speed.replace(",", "")) for speed in re.findall(r"([\d,]+) characters/s", said)]
-    for plain, recomputed, rolling in (speeds[:3], speeds[3:]):
-        assert rolling > 2 * max(plain, recomputed)
+    assert len(speeds) == 4 and speeds[1] > 2 * speeds[0] and speeds[3] > 2 * speeds[2]  # one text, ten texts
     assert abs(float(re.search(r"difference +([-+][\d.]+)", said)[1])) < 0.02
     assert pictures == 6
