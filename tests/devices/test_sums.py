@@ -15,6 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxgpt import init, optim, step
 from jaxgpt.devices import sharding
+from jaxgpt.devices.matmul import WIDE
 from jaxgpt.model import GPTConfig
 
 V, T, ROWS = 22, 32, 64  # 2,048 tokens: each id occurs 93 times, and each bias sums all of them
@@ -156,6 +157,7 @@ def without_cache():
 
 
 @pytest.mark.full
+@pytest.mark.skipif(not WIDE, reason="jax before 0.10 needs float32 operands on a CPU, and so gathers them")
 @pytest.mark.parametrize("switches", [{"lm_head": "linear"}, {"lm_head": "tied", "value_embeddings": True}], ids=str)
 def test_devices_send_each_other_bfloat16_matrices_and_float32_gradients(switches, tmp_path):
     """With fsdp, in the program right after the partitioner: XLA's CPU backend widens what it sends after that."""
