@@ -188,7 +188,7 @@ class TrainingLoop:
             patience = patience.after(step, loss)
             if config.patience:  # later steps may be no better than the first weights
                 self.save(state, step, loss, patience)
-        planned = traced(calls(self.config, step), config.profile)
+        planned = traced(calls(self.config, step), config.profile, self.run_dir.checkpoints.wait)
         feed = self.source.feed(calls(self.config, step), self.config.seed, self.rows)
         with contextlib.closing(feed):
             for (first, n), windows in zip(planned, feed):
@@ -244,12 +244,17 @@ def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
         step += n
 
 
-def traced(calls: Iterator[tuple[int, int]], folder: str | None) -> Iterator[tuple[int, int]]:
-    """Yield the calls; a trace of the second to the fourth is written to `folder`, if there is one."""
+def traced(calls: Iterator[tuple[int, int]], folder: str | None, wait: Callable[[], None]) -> Iterator[tuple[int, int]]:
+    """Yield the calls; a trace of the second to the fourth is written to `folder`, if there is one.
+
+    `wait` returns when nothing is being saved: with saving threads around, jax 0.7 has died at the end of a trace.
+    """
     with contextlib.ExitStack() as tracing:
         for i, call in enumerate(calls):
             if folder and i == 1:
+                wait()
                 tracing.enter_context(jax.profiler.trace(folder))
+                tracing.callback(wait)
             if i == 4:
                 tracing.close()
             yield call
