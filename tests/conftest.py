@@ -28,6 +28,7 @@ if "JAX_NUM_CPU_DEVICES" not in os.environ:
     jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_compilation_cache_dir", str(download.cache_dir() / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(download.cache_dir() / "inductor"))
 
 
 @pytest.fixture(scope="session", autouse=True)
