@@ -175,7 +175,7 @@ def test_a_process_number_that_cannot_be_is_refused(tiny_config):
 def test_processes_that_never_meet_leave_with_8(tiny_config, process_id):
     lonely = ["--distributed.coordinator_address", "127.0.0.1:9999", "--distributed.num_processes", "2"]
     codes, outputs = finish(start([*tiny_config, *lonely, "--distributed.process_id", process_id]), 150)
-    assert codes == [8] and "never came" in outputs[0]
+    assert codes == [8] and "never connected" in outputs[0]
 
 
 @pytest.mark.long
