@@ -321,10 +321,17 @@ def evaluate(
 
     Returns:
         The mean loss in nats per token.
+
+    Raises:
+        DataError: no target counts; for example, each token is a document by itself.
     """
     nats, count, batch_size = 0.0, 0, sharding.whole_batches(batch_size)
     for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray | data.Windows) else tokens:
         piece = data.Windows.of(piece)
         nats += np.sum(np.asarray(_sums(model, jax.tree.map(jnp.asarray, piece), batch_size, chunks), np.float64))
         count += len(piece.tokens) - 1 if piece.documents is None else int(piece.counted.sum())
+    if not count:
+        raise data.DataError(
+            "nothing to predict (no token follows another one of its document): use --data.documents packed"
+        )
     return float(nats / count)

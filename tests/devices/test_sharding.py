@@ -51,7 +51,8 @@ def on_eight_devices(command, timeout=900):
     ],
 )
 def test_losses_are_the_same_on_every_mesh(meshes, head, dropout, vocabulary):
-    same_losses(meshes, head, dropout, vocabulary, {})
+    for name, difference in differences_of_losses(meshes, head, dropout, vocabulary, {}).items():
+        assert difference <= LOSSES_DIFFER_BY, name
 
 
 MODERN = {"positions": "rope", "norm": "rmsnorm", "qk_norm": True, "n_kv_head": 4, "head_size": 16, "sliding_window": 9}
@@ -69,18 +70,24 @@ MODERN |= {"activation": "silu", "gated": True, "mlp_width": 96, "embedding_norm
 )
 def test_losses_with_the_switches_of_todays_models_are_the_same_on_every_mesh(meshes):
     meshes = [mesh for mesh in meshes if 4 % mesh[2] == 0]  # four heads of keys and values
-    same_losses(meshes, "tied", 0.1 if (1, 2, 2) in meshes else 0.0, 65, MODERN)
+    dropout = 0.1 if (1, 2, 2) in meshes else 0.0
+    for name, difference in differences_of_losses(meshes, "tied", dropout, 65, MODERN).items():
+        assert difference <= LOSSES_DIFFER_BY, name
 
 
-def same_losses(meshes, head, dropout, vocabulary, switches):
+# float32, 30 steps: sums over devices are rounded in another order, and losses of 4 lie 5e-7 apart
+LOSSES_DIFFER_BY = 5e-6
+
+
+def differences_of_losses(meshes, head, dropout, vocabulary, switches):
+    """The largest difference between the losses on each mesh and those on one device; NaN if one is NaN."""
     names = [",".join(map(str, mesh)) for mesh in meshes]
     script = str(pathlib.Path(__file__).with_name("mesh_losses.py"))
     done = on_eight_devices([script, head, str(dropout), str(vocabulary), json.dumps(switches), *names])
     assert "Involuntary full rematerialization" not in done.stderr
-    found = json.loads(done.stdout)
-    for name in names:
-        # float32, 30 steps: sums over devices are rounded in another order, and losses of 4 lie 5e-7 apart
-        np.testing.assert_allclose(found[name], found["1,1,1"], rtol=0, atol=5e-6, err_msg=name)
+    found = {name: np.array(losses) for name, losses in json.loads(done.stdout).items()}
+    assert set(found) == set(names)
+    return {name: np.abs(losses - found["1,1,1"]).max() for name, losses in found.items()}
 
 
 @pytest.mark.full

@@ -272,6 +272,12 @@ def test_packed_documents_compile_to_the_step_of_plain_windows(monkeypatch):
 # A whole run
 
 
+def test_a_split_of_documents_of_one_token_each_has_nothing_to_predict():
+    split = Windows(jnp.arange(9, dtype=jnp.uint8), jnp.arange(9))
+    with pytest.raises(DataError, match=r"nothing to predict.*--data\.documents packed"):
+        step.evaluate(init.init_model(CONFIG, 0), split, batch_size=3)
+
+
 @pytest.mark.full
 def test_a_run_evaluates_and_replays_what_it_trained_on(folder, tiny_config, tmp_path, capsys):
     path, ends = folder
