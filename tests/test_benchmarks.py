@@ -27,6 +27,14 @@ def test_every_trick_is_measured(trick):
     assert found["trick"] == trick and found["with"] > 0 and found["without"] > 0 and found["ratio"] > 0
 
 
+@pytest.mark.parametrize("what", ["steps", "runs"])
+def test_recipes_are_measured_beside_each_other(what):
+    recipe, short = str(ROOT / "configs/lecture/bigram.yaml"), ("--train.steps", "40") if what == "runs" else ()
+    found = result_of("recipes.py", what, recipe, "--rounds", "2", *short)
+    assert found["recipe"] == recipe and found["seconds"] > 0 and found["ratio"] == 1
+    assert what == "steps" or (len(found["losses"]) == 2 and found["losses"][0] != found["losses"][1])
+
+
 def test_the_cost_of_float32_sums_is_measured():
     found = result_of("sums.py", *SMALL, "--steps", "2")
     assert found["sums"] == "all" and found["wall"]["ratio"]["median"] > 0 and found["cpu"]["ratio"]["median"] > 0

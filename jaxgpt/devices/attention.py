@@ -1,7 +1,7 @@
 """Fused attention kernels: the causal attention of `model.Attention` without the (T, T) weights in memory.
 
 The kernels have no dropout and no key/value cache, and cuDNN's takes no documents. Where these are needed, the model
-uses its own code.
+uses its own code. CPUs have no kernel; there the model's code is called for a part of the queries at a time.
 """
 
 import functools
@@ -18,6 +18,8 @@ from jaxgpt.devices import chips
 
 Kernel = Literal["auto", "xla", "cudnn", "splash"]
 TILE = 128  # splash attention needs T to be a multiple of this
+PARTS = 4  # of the queries, on a CPU; more would save little and make XLA compile longer
+SHORT = 64  # queries that are not divided
 
 
 def choose(kernel: Kernel, platform: str, dtype: jnp.dtype, block_size: int, head_size: int) -> Kernel:
@@ -73,7 +75,8 @@ def causal(
         k: (B, K, T, D) of the same dtype, each head for H / K heads of q.
         v: same shape and dtype as k.
         kernel: as configured. cudnn runs on NVIDIA GPUs, splash on TPUs (on a CPU it is interpreted, which is slow).
-        plain: computes the same from q, k, v and, if there are any, documents, anywhere.
+        plain: computes the same from q, k, v and, if there are any, documents, anywhere. It takes fewer queries too,
+            whose first one is at `start`.
         window: number of keys that a query sees, its own included; 0 = all before it.
         documents: (B, T) integers; a query sees only keys of its own document. None = all are one.
 
@@ -88,7 +91,9 @@ def causal(
     given = (q, k, v) if documents is None else (q, k, v, documents)
     kernel = choose(kernel, jax.default_backend(), q.dtype, T, D)
     if not fits(kernel, q.dtype, T, D) or (kernel == "cudnn" and documents is not None):
-        return plain(*given)
+        if T <= SHORT or documents is not None:
+            return plain(*given)
+        return jax.lax.platform_dependent(q, k, v, cpu=functools.partial(_in_parts, plain=plain), default=plain)
     if kernel == "cudnn":
         try:
             return jax.lax.platform_dependent(q, k, v, cuda=functools.partial(_cudnn, window=window), default=plain)
@@ -103,6 +108,18 @@ def causal(
     split = P(batch, "tensor")
     parts = (split,) * 3 + (P(batch),) * (documents is not None)
     return jax.shard_map(splash, in_specs=parts, out_specs=split, check_vma=False)(*given)
+
+
+def _in_parts(q, k, v, plain):
+    """The same, for some queries at a time, which need no scores of later keys: 5/8 of all scores."""
+    T = q.shape[2]
+    size = max(SHORT, -(-T // PARTS))
+    ends = [min(start + size, T) for start in range(0, T, size)]
+    parts = [
+        plain(q[:, :, start:end], k[:, :, :end], v[:, :, :end], start=start)
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+    return jnp.concatenate(parts, axis=2)
 
 
 def _cudnn(q, k, v, window):

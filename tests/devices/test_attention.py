@@ -70,6 +70,25 @@ def plain(q, k, v):
     return jnp.einsum("bhts,bhsd->bhtd", weights, v)
 
 
+@pytest.mark.parametrize("T", [65, 192, 259])
+@pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1, "sliding_window": 50, "positions": "rope"}])
+def test_queries_in_parts_compute_what_all_at_once_compute(monkeypatch, T, fields):
+    config = dataclasses.replace(CONFIG, block_size=T, n_embd=32, **fields)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, T)), jnp.int32)
+    in_parts = loss_and_gradient(config, tokens)
+    monkeypatch.setattr(attention, "SHORT", T)
+    at_once = loss_and_gradient(config, tokens)
+    chex.assert_trees_all_close(in_parts, at_once, rtol=1e-4, atol=1e-6)  # float32; sums over fewer keys
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (in_parts, at_once)), strict=True))
+
+
+def test_queries_in_parts_take_five_eighths_of_the_scores():
+    q = jnp.zeros((1, 1, 256, 8))
+    sizes = []
+    attention._in_parts(q, q, q, lambda q, k, v, start: sizes.append((q.shape[2], k.shape[2], start)) or q)
+    assert sizes == [(64, 64, 0), (64, 128, 64), (64, 192, 128), (64, 256, 192)]
+
+
 @pytest.mark.parametrize("kernel", ["auto", "xla", "cudnn", "splash"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("T", [7, 128])
@@ -99,7 +118,8 @@ def test_a_kernel_is_used_only_for_what_it_takes(kernel, dtype, T, D, fits):
     assert attention.fits(kernel, jnp.dtype(dtype), T, D) is fits
     if not fits:
         q = jnp.ones((1, 1, T, D), dtype)
-        assert attention.causal(q, q, q, kernel, lambda *_: "plain") == "plain"
+        found = attention.causal(q, q, q, kernel, lambda q, *_, start=0: q + 1)
+        np.testing.assert_array_equal(found, q + 1)
 
 
 @pytest.mark.parametrize(
