@@ -39,15 +39,21 @@ MODERN = {
     "one_kv_head": "modern/one_kv_head",
     "value_embeddings": "modern/shakespeare_cpu",
 }
-GOAL = 1.914  # the loss of `plain` on Tiny Shakespeare
+# larger windows, for a laptop: the plain model with its rate tuned, for about as long as the modern one
+LAPTOP = {"laptop_plain": "modern/laptop_plain", "laptop": "modern/laptop", "laptop_long": "modern/laptop_long"}
+RECIPES = {"lecture": {rung: f"lecture/{rung}" for rung in RUNGS}, "modern": MODERN, "laptop": LAPTOP}
+# losses on Tiny Shakespeare to compare with; nanoGPT's is its README's, of 10.7 M parameters after 3 minutes of an A100
+GOALS = {"modern": ("nanoGPT's CPU recipe", 1.914), "laptop": ("nanoGPT on an A100", 1.4697)}
+TITLES = {"lecture": "The lecture, rung by rung", "modern": "Beyond the lecture, switch by switch",
+          "laptop": "Two CPU cores"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class LadderArgs:
     """Train the rungs of a ladder and draw them in one picture."""
 
-    ladder: Literal["lecture", "modern"] = "lecture"
-    """The small rungs of the lecture, or what came after it, one switch at a time."""
+    ladder: Literal["lecture", "modern", "laptop"] = "lecture"
+    """The small rungs of the lecture; what came after it, one switch at a time; or models for a laptop."""
     dir: Path = "runs/ladder"
     """Folder for the runs; rungs already finished there are not trained again."""
     seeds: int = 1
@@ -73,7 +79,7 @@ def climb(args: LadderArgs) -> pathlib.Path:
     if args.seeds < 1:
         raise configs.ConfigError(f"seeds is {args.seeds} (command line): use 1 or more")
     folder = pathlib.Path(args.dir)
-    rungs = MODERN if args.ladder == "modern" else {rung: f"lecture/{rung}" for rung in RUNGS}
+    rungs = RECIPES[args.ladder]
     records: dict[str, list[list[Record]]] = {}
     for rung, recipe in rungs.items():
         for seed in range(1337, 1337 + args.seeds):
@@ -81,12 +87,14 @@ def climb(args: LadderArgs) -> pathlib.Path:
             flags += ["--seed", str(seed), "--data.name", args.name, *(["--data.path", args.path] if args.path else [])]
             run = training.train(configs.load_config(flags))
             records.setdefault(rung, []).append(report.read_metrics(run.dir))
-    lecture = args.ladder == "lecture"
-    (folder / "ladder.md").write_text((table if lecture else modern_table)(records), encoding="utf-8")
     names = [f"{rung}-1337" for rung in rungs]
-    if lecture:
-        return report.draw_ladder(folder, names, closed_forms(run.config.data))
-    return report.draw_ladder(folder, names, {"goal": GOAL}, "Beyond the lecture, switch by switch")
+    if args.ladder == "lecture":
+        rows, lines = table(records), closed_forms(run.config.data)
+    else:
+        goal, loss = GOALS[args.ladder]
+        rows, lines = modern_table(records, loss), {goal: loss}
+    (folder / "ladder.md").write_text(rows, encoding="utf-8")
+    return report.draw_ladder(folder, names, lines, TITLES[args.ladder])
 
 
 def table(records: dict[str, Sequence[Sequence[Record]]]) -> str:
@@ -96,14 +104,14 @@ def table(records: dict[str, Sequence[Sequence[Record]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def modern_table(records: dict[str, Sequence[Sequence[Record]]]) -> str:
-    """Format the losses of each rung, the time of a step, and the steps until GOAL, as a Markdown table."""
-    lines = [f"| rung | whole validation split | step | steps to {GOAL} |", "|---|---|---|---|"]
+def modern_table(records: dict[str, Sequence[Sequence[Record]]], goal: float) -> str:
+    """Format the losses of each rung, the time of a step and of the training, and the steps until the goal."""
+    lines = [f"| rung | whole validation split | step | training | steps to {goal} |", "|---|---|---|---|---|"]
     for rung, runs in records.items():
-        steps = [_steps_to_goal(run) for run in runs]
+        steps = [_steps_to(goal, run) for run in runs]
         reached = "" if None in steps else f"{statistics.mean(steps):,.0f}"
-        step = statistics.median(map(_step_seconds, runs))
-        lines.append(f"| {rung} | {_losses(runs)} | {1000 * step:.1f} ms | {reached} |")
+        step, seconds = (statistics.median(map(time, runs)) for time in (_step_seconds, _training_seconds))
+        lines.append(f"| {rung} | {_losses(runs)} | {1000 * step:.1f} ms | {seconds:.0f} s | {reached} |")
     return "\n".join(lines) + "\n"
 
 
@@ -119,10 +127,16 @@ def _step_seconds(run: Sequence[Record]) -> float:
     return rows * tokens / statistics.median(record["tokens_per_second"] for record in run if record["kind"] == "train")
 
 
-def _steps_to_goal(run: Sequence[Record]) -> int | None:
-    """The first step at which the estimated validation loss was GOAL or less."""
+def _training_seconds(run: Sequence[Record]) -> float:
+    """From the first to the last record of training, evaluations included."""
+    times = [record["elapsed_s"] for record in run if record["kind"] == "train"]
+    return times[-1] - times[0]
+
+
+def _steps_to(goal: float, run: Sequence[Record]) -> int | None:
+    """The first step at which the estimated validation loss was the goal or less."""
     losses = {record["step"]: record["val_loss"] for record in run if record["kind"] == "eval"}
-    return min((step for step, loss in losses.items() if loss <= GOAL), default=None)
+    return min((step for step, loss in losses.items() if loss <= goal), default=None)
 
 
 def closed_forms(config: data.DataConfig) -> dict[str, float]:

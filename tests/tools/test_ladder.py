@@ -19,15 +19,15 @@ def test_every_rung_is_a_config_on_top_of_the_one_before(recipes):
 def run_with(loss, **curve):
     """The records of a run of 2 windows x 4 tokens, with its estimates by step."""
     records = [{"kind": "start", "batch": [2, 4]}, {"kind": "final", "val_loss": loss}]
-    records += [{"kind": "train", "tokens_per_second": speed} for speed in (1.0, 800.0, 1e6)]
+    records += [{"kind": "train", "tokens_per_second": v, "elapsed_s": t} for v, t in ((1.0, 2), (800.0, 5), (1e6, 9))]
     return records + [{"kind": "eval", "step": int(step[1:]), "val_loss": value} for step, value in curve.items()]
 
 
 def test_the_modern_table_gives_the_time_of_a_step_and_the_steps_to_the_goal():
     slow, quick = run_with(1.8, s100=2.0, s200=1.914, s300=1.9), run_with(1.6, s100=1.8, s200=1.7)
-    lines = ladder.modern_table({"plain": [slow, quick], "tuned": [run_with(2.0, s100=2.1)]}).splitlines()
+    lines = ladder.modern_table({"plain": [slow, quick], "tuned": [run_with(2.0, s100=2.1)]}, 1.914).splitlines()
     assert lines[2:] == [
-        "| plain | 1.700 (1.600 to 1.800, 2 seeds) | 10.0 ms | 150 |", "| tuned | 2.000 | 10.0 ms |  |"
+        "| plain | 1.700 (1.600 to 1.800, 2 seeds) | 10.0 ms | 7 s | 150 |", "| tuned | 2.000 | 10.0 ms | 7 s |  |"
     ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def test_the_ladder_trains_each_rung_once_and_draws_them_with_the_count_tables(
     text_file, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ladder, "RUNGS", {"bigram": 2.5, "positions": None})
+    monkeypatch.setitem(ladder.RECIPES, "lecture", {rung: f"lecture/{rung}" for rung in ("bigram", "positions")})
     argv = ["ladder", "--path", str(text_file), "--dir", str(tmp_path / "ladder"), "--seeds", "2"]
     assert cli.main(argv) == 0
     out = capsys.readouterr().out
