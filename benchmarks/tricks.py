@@ -82,7 +82,7 @@ class Rolling:
     def __init__(self, config: Config, rows: int):
         model = init.init_model(config.model, config.seed)
         length = jax.numpy.int32(3 * config.model.block_size)
-        cache = sampling._empty(model, rows)._replace(length=length)
+        cache = sampling._empty(model, rows, config.model.block_size)._replace(length=length)
         rest = jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)
         args = model, jax.numpy.zeros(rows, jax.numpy.int32), cache, *rest
         self.call = partial(sampling._decode.lower(*args, n=100).compile(), *args)

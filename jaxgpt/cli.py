@@ -20,11 +20,14 @@ USAGE = """usage: jaxgpt COMMAND [flags]
 
   train    train a recipe, or continue its run:      jaxgpt train --config configs/shakespeare_cpu.yaml
   sample   write text with a trained run:            jaxgpt sample --run runs/shakespeare_cpu --prompt "ROMEO:"
+  chat     talk to a run that has a chat template:   jaxgpt chat --run runs/smollm2
   eval     evaluate a run over a whole split:        jaxgpt eval --run runs/shakespeare_cpu --split val
-  import   make a run from GPT-2's weights:          jaxgpt import --from gpt2 --run runs/gpt2
+  import   make a run from GPT-2, Llama and others:  jaxgpt import --from smollm2 --run runs/smollm2
   export   write a run for transformers, StableHLO:  jaxgpt export --run runs/shakespeare_cpu --to exported
   prepare  turn a corpus into a folder of tokens:    jaxgpt prepare --input texts/ --out data/texts
   plan     predict memory and time of a run:         jaxgpt plan --config configs/gpt2_124m.yaml --target v5e:2x4
+  sweep    train many runs, with error bars:         jaxgpt sweep --config shakespeare_cpu --vary seed=1,2,3
+  report   draw and compare runs:                    jaxgpt report --run runs/a --run runs/b --to runs.png
   ladder   train a ladder of recipes:                jaxgpt ladder
   replay   find where a loss stopped being finite:   jaxgpt replay --run runs/shakespeare_cpu --step 1234
   doctor   show what jax finds on this machine:      jaxgpt doctor
@@ -65,6 +68,24 @@ def plan_run(argv: Sequence[str]) -> None:
     print(json.dumps(record) if config.json else plan.table(record))
 
 
+def sweep_settings(argv: Sequence[str]) -> None:
+    """`jaxgpt sweep`."""
+    from jaxgpt.config import load_config
+    from jaxgpt.tools import sweep, sweep_report
+
+    if _asks_for_help(argv):
+        print(help_text(sweep.SweepConfig, "jaxgpt sweep --config RECIPE --vary FIELD=a,b,c"))
+        return
+    flags = split_flags(argv, sweep.SweepConfig)
+    if "report" not in flags:
+        _need_recipe(argv)
+    config = load_config(argv, sweep.SweepConfig)
+    if not config.report:
+        ours = {"vary", "at_once", "keep", "run.dir", "run.resume"}
+        sweep.sweep(config, {name: value for name, value in flags.items() if name not in ours})
+    print(sweep_report.report(pathlib.Path(config.report or config.run.dir)))
+
+
 def _need_recipe(argv: Sequence[str]) -> None:
     if not any(word.split("=")[0] == "--config" for word in argv):
         if argv and not argv[0].startswith("-"):
@@ -96,6 +117,13 @@ def sample(argv: Sequence[str]) -> None:
     from jaxgpt.tools.sample import SampleArgs, sample
 
     _run(SampleArgs, argv, "jaxgpt sample", sample)
+
+
+def chat(argv: Sequence[str]) -> None:
+    """`jaxgpt chat`."""
+    from jaxgpt.tools.chat import ChatArgs, chat
+
+    _run(ChatArgs, argv, "jaxgpt chat", chat)
 
 
 def evaluate(argv: Sequence[str]) -> None:
@@ -131,6 +159,13 @@ def prepare_tokens(argv: Sequence[str]) -> None:
     from jaxgpt.text.prepare import PrepareArgs, prepare
 
     _run(PrepareArgs, argv, "jaxgpt prepare", prepare)
+
+
+def report_runs(argv: Sequence[str]) -> None:
+    """`jaxgpt report`."""
+    from jaxgpt.tools.report import ReportArgs, report
+
+    _run(ReportArgs, argv, "jaxgpt report", lambda args: print(report(args)))
 
 
 def replay_step(argv: Sequence[str]) -> None:
@@ -184,18 +219,21 @@ def _run(cls: type, argv: Sequence[str], prog: str, command: Callable) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "sample": sample,
+    "chat": chat,
     "eval": evaluate,
     "import": import_weights,
     "export": export_run,
     "prepare": prepare_tokens,
     "plan": plan_run,
     "replay": replay_step,
+    "sweep": sweep_settings,
+    "report": report_runs,
     "ladder": climb_ladder,
     "doctor": examine_machine,
 }
 
 
-RESULTS = {"sample", "eval", "plan", "replay", "doctor"}  # these print their result: a write that fails is an error
+RESULTS = {"sample", "chat", "eval", "plan", "report", "replay", "doctor"}  # where a write that fails is an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

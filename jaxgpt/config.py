@@ -8,7 +8,7 @@ import difflib
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from etils import epath
@@ -18,10 +18,12 @@ from jaxgpt.devices.processes import DistributedConfig
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.errors import ArgumentError, CheckpointError
 from jaxgpt.files import storage
+from jaxgpt.layers import LoRAConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.optim import OptimConfig
 from jaxgpt.settings.checks import Path, check_fields, check_seed
 from jaxgpt.settings.flags import ConfigError, check_name, fields, parse, split_flags
+from jaxgpt.settings.numbers import number
 
 CONFIG, TOKENIZER = "config.yaml", "tokenizer.json"  # in a run directory
 
@@ -78,6 +80,8 @@ class RunConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Number of latest checkpoints to keep; the one with the lowest val loss is also kept."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Write the records of metrics.jsonl for TensorBoard as well, into the run directory, or to Weights & Biases."""
 
     def __post_init__(self):
         check_fields(self)
@@ -90,7 +94,9 @@ class RunConfig:
 class Config:
     """All settings of a run."""
 
-    seed: int = 1337
+    FOLDER: ClassVar[str] = "runs"  # of the default run directory
+
+    seed: int = number(1337)
     """Random seed of the initial weights, batches, dropout and samples, from 0 to 2^32 - 1."""
     model: GPTConfig = dataclasses.field(default_factory=GPTConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -99,10 +105,15 @@ class Config:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    lora: LoRAConfig = dataclasses.field(default_factory=LoRAConfig)
 
     def __post_init__(self):
         check_fields(self)
         check_seed(self.seed)
+        if self.lora.rank and self.optim.optimizer == "muon":
+            raise ArgumentError(f"optimizer muon with lora.rank {self.lora.rank}: AdamW trains adapters, use adamw")
+        if self.lora.rank and not self.model.n_layer:
+            raise ArgumentError(f"n_layer 0 with lora.rank {self.lora.rank}: adapters need a model with blocks")
 
 
 def load_config(argv: Sequence[str], cls: type = Config) -> Config:
@@ -132,7 +143,7 @@ def load_config(argv: Sequence[str], cls: type = Config) -> Config:
         values = {**inherited(start, values), **values}
     config = parse(cls, values, f"{path} and command line" if path else "command line")
     if not config.run.dir:
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"runs/{name}"))
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=f"{cls.FOLDER}/{name}"))
     return config
 
 

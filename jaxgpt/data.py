@@ -62,12 +62,14 @@ class Splits(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Windows of tokens, with the document of each token where that matters. A whole split is one long window."""
+    """Windows of tokens, with what else matters of each token. A whole split is one long window."""
 
     tokens: jax.Array
     """(..., T + 1) unsigned integers."""
     documents: jax.Array | None = None
     """(..., T + 1) integers, which differ between documents; None if all tokens are of the same one."""
+    mask: jax.Array | None = None
+    """(..., T + 1) integers, 0 for a token that the loss does not count as a target; None if it counts all."""
 
     @classmethod
     def of(cls, tokens: "jax.Array | Windows") -> "Windows":
@@ -76,8 +78,12 @@ class Windows(NamedTuple):
 
     @property
     def counted(self) -> jax.Array | None:
-        """(..., T) bool, the targets that the loss counts: those of the same document as their input. None = all."""
-        return None if self.documents is None else self.documents[..., 1:] == self.documents[..., :-1]
+        """(..., T) bool, the targets that the loss counts: in the mask, and of their input's document. None = all."""
+        same = None if self.documents is None else self.documents[..., 1:] == self.documents[..., :-1]
+        if self.mask is None:
+            return same
+        in_mask = self.mask[..., 1:] != 0
+        return in_mask if same is None else same & in_mask
 
 
 def split(ids: np.ndarray, train_fraction: float, vocab_size: int, block_size: int, name: str = "the text") -> Splits:
@@ -167,16 +173,16 @@ def batch(windows: jax.Array | Windows) -> tuple[jax.Array, ...]:
         windows: (B, T + 1) integers, or Windows of that shape.
 
     Returns:
-        The inputs and the targets, each (B, T) int32. If the windows have documents, also those of the inputs, (B, T)
-        integers, and the weight of each target, (B, T) float32: 0, or what makes the mean of all weights 1. So the mean
-        of the weighted losses, in whatever parts it is taken, is the mean over the targets that count.
+        The inputs and the targets, each (B, T) int32. If not all targets count, also the documents of the inputs,
+        (B, T) integers or None, and the weight of each target, (B, T) float32: 0, or what makes the mean of all weights
+        1. So the mean of the weighted losses, in whatever parts it is taken, is the mean over the targets that count.
     """
     windows = Windows.of(windows)
-    pair = inputs_and_targets(windows.tokens)
-    if windows.documents is None:
+    pair, counted = inputs_and_targets(windows.tokens), windows.counted
+    if counted is None:
         return pair
-    share = jnp.maximum(windows.counted.mean(), 1 / windows.counted.size)  # above 0, also if no target counts
-    return *pair, windows.documents[:, :-1], windows.counted / share
+    share = jnp.maximum(counted.mean(), 1 / counted.size)  # above 0, also if no target counts
+    return *pair, None if windows.documents is None else windows.documents[:, :-1], counted / share
 
 
 def consecutive_batch(tokens: jax.Array | Windows, i, batch_size: int, block_size: int):
@@ -192,15 +198,22 @@ def consecutive_batch(tokens: jax.Array | Windows, i, batch_size: int, block_siz
         The inputs and the targets, each (B, T) int32; the documents of the inputs, (B, T) integers or None; and a bool
         mask, (B, T), that is False where a target does not count or is past the end of the split.
     """
-    tokens, documents = Windows.of(tokens)
-    chex.assert_rank(tokens, 1)
+    windows = Windows.of(tokens)
+    chex.assert_rank(windows.tokens, 1)
     index = (i * batch_size * block_size + jnp.arange(batch_size * block_size)).reshape(batch_size, block_size)
-    last = len(tokens) - 1
-    inputs, targets = (tokens[jnp.minimum(at, last)].astype(jnp.int32) for at in (index, index + 1))
-    if documents is None:
-        return inputs, targets, None, index < last
-    of_inputs, of_targets = (documents[jnp.minimum(at, last)] for at in (index, index + 1))
-    return inputs, targets, of_inputs, (index < last) & (of_inputs == of_targets)
+    last = len(windows.tokens) - 1
+
+    def take(at):
+        return jax.tree.map(lambda a: a[jnp.minimum(at, last)], windows)
+
+    of_inputs, of_targets = take(index), take(index + 1)
+    inputs, targets = (each.tokens.astype(jnp.int32) for each in (of_inputs, of_targets))
+    counted = index < last
+    if windows.documents is not None:
+        counted &= of_inputs.documents == of_targets.documents
+    if windows.mask is not None:
+        counted &= of_targets.mask != 0
+    return inputs, targets, of_inputs.documents, counted
 
 
 def consecutive_batches(n_tokens: int, batch_size: int, block_size: int) -> int:

@@ -8,6 +8,7 @@ from jaxgpt.devices.attention import Kernel
 from jaxgpt.devices.remat import Remat
 from jaxgpt.errors import ArgumentError
 from jaxgpt.settings.checks import check_fields
+from jaxgpt.settings.numbers import number
 
 # the fields that mean something only with these values of another field
 NEEDS = {
@@ -35,9 +36,9 @@ class GPTConfig:
     """Attention heads per block."""
     n_embd: int = 128
     """Channels of the residual stream; 0 = vocab_size (the bigram model, whose token table holds the logits)."""
-    dropout: float = 0.0
+    dropout: float = number(0.0, zero_is_off=True)
     """Probability of zeroing attention weights and branch outputs, in [0, 1), rounded to the nearest 1/256."""
-    attention_dropout: float | None = None
+    attention_dropout: float | None = number(None, zero_is_off=True)
     """Probability of zeroing attention weights; none = dropout. With 0, fused attention kernels can train."""
     positions: Literal["learned", "none", "rope"] = "learned"
     """Position information: a learned embedding table, none, or rotations of queries and keys (rope, Llama)."""

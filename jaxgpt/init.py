@@ -1,4 +1,4 @@
-"""New models: their shapes alone (abstract), and their initial weights, drawn block by block."""
+"""New models: their shapes alone (abstract), and their initial weights or adapters, drawn block by block."""
 
 from functools import partial
 from typing import Any
@@ -9,8 +9,9 @@ import optax
 from flax import nnx
 
 from jaxgpt.devices import sharding
+from jaxgpt.layers import LoRAConfig, adapt
 from jaxgpt.model import GPT, Block, GPTConfig
-from jaxgpt.step import INIT, TrainState, init_state, params_of, stream_key
+from jaxgpt.step import INIT, TrainState, init_state, params_of, stream_key, trained_of
 
 
 class Draws:
@@ -34,16 +35,25 @@ class Draws:
         return key
 
 
-def abstract(config: GPTConfig) -> GPT:
+def abstract(config: GPTConfig, lora: LoRAConfig | None = None) -> GPT:
     """Build a model with shapes and dtypes in place of its weights.
 
     Args:
         config: with its vocab_size.
+        lora: which adapters its blocks have; None = none.
 
     Returns:
         The model, whose parameters are `jax.ShapeDtypeStruct`s.
     """
-    return nnx.eval_shape(lambda: GPT(config, rngs=Draws(jax.random.key(0))))
+
+    def make() -> GPT:
+        rngs = Draws(jax.random.key(0))
+        model = GPT(config, rngs=rngs)
+        for block in model.blocks if lora is not None and lora.rank else ():
+            adapt(block, lora, rngs)
+        return model
+
+    return nnx.eval_shape(make)
 
 
 def abstract_state(model: GPT, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
@@ -57,9 +67,26 @@ def abstract_state(model: GPT, tx: optax.GradientTransformation, mesh: jax.shard
     Returns:
         The state, whose leaves are `jax.ShapeDtypeStruct`s.
     """
-    state = jax.eval_shape(partial(init_state, tx=tx), params_of(model))
-    shardings = sharding.shardings(mesh, state)
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+    return _placed(jax.eval_shape(partial(init_state, tx=tx), trained_of(model)), mesh)
+
+
+def abstract_frozen(config: GPTConfig, lora: LoRAConfig, mesh: jax.sharding.Mesh) -> dict[str, Any] | None:
+    """Build the parameters that LoRA does not train, with shapes, dtypes and shardings in place of their arrays.
+
+    Args:
+        config: with its vocab_size.
+        lora: of the run.
+        mesh: the mesh that the shardings refer to.
+
+    Returns:
+        A nested dict of `jax.ShapeDtypeStruct`s; None without LoRA.
+    """
+    return _placed(params_of(abstract(config)), mesh) if lora.rank else None
+
+
+def _placed(shapes: Any, mesh: jax.sharding.Mesh) -> Any:
+    shardings = sharding.shardings(mesh, shapes)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
 
 
 def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
@@ -95,6 +122,30 @@ def _block(key: jax.Array, n: jax.Array, config: GPTConfig) -> dict[str, Any]:
     """The parameters of a block whose first key is the n-th."""
     params = params_of(Block(config, rngs=Draws(key, n)))
     return sharding.pin({"blocks": {0: params}})["blocks"][0]  # the sharding rules match this name
+
+
+def init_adapters(config: GPTConfig, lora: LoRAConfig, key: jax.Array) -> dict[str, Any]:
+    """Draw the adapters of a model, with which it still computes what it computes without them.
+
+    Args:
+        config: of the model.
+        lora: rank and layers of the adapters.
+        key: typed PRNG key from which all are drawn.
+
+    Returns:
+        A nested dict of float32 arrays.
+    """
+    blocks = range(config.n_layer)
+    return {"blocks": {i: _block_adapters(jax.random.fold_in(key, i), config, lora) for i in blocks}}
+
+
+@partial(jax.jit, static_argnames=("config", "lora"))
+def _block_adapters(key: jax.Array, config: GPTConfig, lora: LoRAConfig) -> dict[str, Any]:
+    """The adapters of a block; XLA removes the computation of its other parameters."""
+    rngs = Draws(key)
+    block = Block(config, rngs=rngs)
+    adapt(block, lora, rngs)
+    return sharding.pin({"blocks": {0: trained_of(block)}})["blocks"][0]
 
 
 def init_model(config: GPTConfig, seed: int) -> GPT:

@@ -1,17 +1,24 @@
-"""The layers that the model is built of, with their initial weights: tables, linear layers, norms, activations."""
+"""The layers that the model is built of, with their initial weights: tables, linear layers, norms, activations.
+
+At the end, LoRA: linear layers of a frozen model that learn through adapters.
+"""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt.devices.matmul import named_matmul
+from jaxgpt.errors import ArgumentError
 from jaxgpt.gpt_config import GPTConfig
+from jaxgpt.settings.checks import check_fields
 
 INIT_STDDEV = 0.02  # GPT-2's value, which the lecture adopts at its end
 
@@ -216,3 +223,82 @@ def unchanged(x: jax.Array, *_) -> jax.Array:
 def replace(stream: jax.Array, branch: jax.Array) -> jax.Array:
     """Return the output of a branch instead of its sum with the stream, where skip connections are switched off."""
     return branch
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA: the weights of another run are frozen, and small matrices beside theirs, the adapters, are trained."""
+
+    rank: int = 0
+    """Rank of the adapters, which are trained beside the frozen weights of run.init_from; 0 = train all weights."""
+    alpha: float = 16.0
+    """Scale of the adapters: alpha / rank times their product is added to a frozen matrix."""
+    on: Literal["attention", "all"] = "attention"
+    """Layers that have adapters: query, key, value and projection of attention, or the feed-forward layers as well."""
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.rank < 0:
+            raise ArgumentError(f"rank is {self.rank}: use 1 or more, or 0 to train all weights")
+        if not 0 < self.alpha < math.inf:
+            raise ArgumentError(f"alpha is {self.alpha}: use a finite number above 0")
+
+
+class AdaptedLinear(Linear):
+    """A linear layer with an adapter: x W + bias + alpha / rank (x A) B, of which only A and B are trained.
+
+    B begins as 0, so that the first step starts from the frozen model. A begins as PyTorch's linear layers do.
+
+    Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models", section 4.1.
+    """
+
+    def __init__(self, layer: Linear, config: LoRAConfig, rngs: nnx.Rngs):
+        inputs, outputs = layer.kernel.shape
+        self.kernel, self.bias = layer.kernel, layer.bias
+        self.lora_a = nnx.LoRAParam(_uniform(inputs**-0.5)(rngs.params(), (inputs, config.rank)))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((config.rank, outputs)))
+        self.scale = config.alpha / config.rank
+
+    def __call__(self, x):
+        """(..., I) -> (..., O) in the dtype of x."""
+        change = named_matmul(named_matmul(x, self.lora_a[...]), self.lora_b[...])
+        return super().__call__(x) + (self.scale * change).astype(x.dtype)
+
+
+def adapt(block: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Give the linear layers of a block adapters.
+
+    Args:
+        block: of the model; it is changed.
+        config: says which layers.
+        rngs: source of the adapters' initial weights.
+    """
+    parts = [block.attn] if config.on == "attention" or block.mlp is None else [block.attn, block.mlp]
+    for part in parts:
+        for name, layer in list(vars(part).items()):
+            if isinstance(layer, Linear):
+                setattr(part, name, AdaptedLinear(layer, config, rngs))
+
+
+def merged(frozen: dict[str, Any], adapters: dict[str, Any], config: LoRAConfig) -> dict[str, Any]:
+    """Add the adapters to the matrices that they belong to: W + alpha / rank A B.
+
+    Args:
+        frozen: nested dict of the parameters of a model without adapters, in any floating dtypes.
+        adapters: nested dict of float32 adapters.
+        config: that they were trained with.
+
+    Returns:
+        A nested dict like `frozen`.
+    """
+    weights, trained = flatten_dict(frozen), flatten_dict(adapters)
+    for path in trained:
+        if path[-1] == "lora_a":
+            kernel, b = (*path[:-1], "kernel"), trained[*path[:-1], "lora_b"]
+            weights[kernel] = _merged(weights[kernel], trained[path], b, config.alpha / config.rank)
+    return unflatten_dict(weights)
+
+
+@jax.jit
+def _merged(w, a, b, scale):
+    return (w + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)).astype(w.dtype)

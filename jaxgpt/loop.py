@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from jaxgpt.step import (
     all_finite,
     averaged,
     cast,
+    combined,
     estimate_loss,
     stream_key,
     train_steps,
@@ -38,6 +39,10 @@ class NonFiniteError(JaxgptError, ArithmeticError):
     """The loss or the gradient is not finite."""
 
     exit_code = 5
+
+    def __init__(self, message: str, step: int | None = None):
+        super().__init__(message)
+        self.step = step
 
 
 class Patience(NamedTuple):
@@ -77,6 +82,8 @@ class TrainingLoop:
     peak: chips.Peak
     started: float
     """When the run began, by time.perf_counter()."""
+    frozen: dict[str, Any] | None = None
+    """The parameters that LoRA does not train."""
     last: dict[str, float] = dataclasses.field(default_factory=dict)
     """The last step that was recorded, and its loss."""
 
@@ -93,7 +100,7 @@ class TrainingLoop:
     def compile(self, shapes: TrainState, windows: jax.Array) -> jax.stages.Compiled:
         """Compile `train_steps` before its first call, so that the compile time is reported separately."""
         began = time.perf_counter()
-        compiled = train_steps.lower(shapes, windows, self.key, spec=self.spec).compile()
+        compiled = train_steps.lower(shapes, windows, self.key, self.frozen, spec=self.spec).compile()
         self.emit({"kind": "compile", "seconds": time.perf_counter() - began})
         return compiled
 
@@ -130,14 +137,16 @@ class TrainingLoop:
         last = "no loss before it" if not self.last else "last loss {loss:.6g} at step {step:,}".format(**self.last)
         return NonFiniteError(
             f"not a finite number ({what}; {last}): lower --optim.learning_rate, the last checkpoint is intact; "
-            f"`jaxgpt replay --run {self.config.run.dir} --step {step}` finds where it began"
+            f"`jaxgpt replay --run {self.config.run.dir} --step {step}` finds where it began",
+            step,
         )
 
     def estimate_and_sample(self, state: TrainState, step: int) -> float:
         """Estimate both losses, add a sample to samples.txt, and return the validation loss."""
         seed, n, B = self.config.seed, self.config.train.eval_batches, self.config.data.batch_size
         windows = (self.source.windows(stream, seed, 0, n, B) for stream in (ESTIMATE, VAL))
-        train, val = (float(estimate_loss(averaged(state), batches, spec=self.spec)) for batches in windows)
+        params = combined(averaged(state), self.frozen)
+        train, val = (float(estimate_loss(params, batches, spec=self.spec)) for batches in windows)
         elapsed = time.perf_counter() - self.started
         self.emit({"kind": "eval", "step": step, "train_loss": train, "val_loss": val, "elapsed_s": elapsed})
         if step and self.config.train.sample_tokens:
@@ -153,7 +162,8 @@ class TrainingLoop:
         if not length:
             return ""
         tokenizer, key = self.source.tokenizer, jax.random.fold_in(stream_key(self.config.seed, SAMPLE), step)
-        out = sampling.generate(cast(averaged(state), self.spec), tokenizer.start[None], key, length)
+        model = cast(combined(averaged(state), self.frozen), self.spec)
+        out = sampling.generate(model, tokenizer.start[None], key, length)
         return tokenizer.decode(np.asarray(out)[0, len(tokenizer.start) :])
 
     def save(self, state: TrainState, step: int, val_loss: float | None, patience: Patience) -> None:
@@ -195,7 +205,7 @@ class TrainingLoop:
                 if n not in compiled:
                     compiled[n] = self.compile(shapes, windows)
                 ended = ended if waiting else time.perf_counter()
-                state, chunk = compiled[n](state, windows, self.key)
+                state, chunk = compiled[n](state, windows, self.key, self.frozen)
                 waiting.append((first, chunk))
                 step = first + n
                 if len(waiting) > 1:  # the metrics of a call are read after the next one has been dispatched

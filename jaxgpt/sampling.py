@@ -20,6 +20,7 @@ from jaxgpt.model import GPT, Cache
 from jaxgpt.settings.checks import check_key, check_number, check_prompt, check_stop
 
 NOISE = 1 << 26  # maximum number of random values drawn at a time
+CAPACITY = 1024  # tokens that the smallest cache of a model with a long window has room for
 STOP_INTERVAL = 64  # tokens after which `generate` checks whether all rows have had their stop token
 
 
@@ -115,24 +116,27 @@ def _noise(key: jax.Array, first: jax.Array, n: int, rows: int, model: GPT) -> j
     return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), shape))(first + jnp.arange(n))
 
 
-def _empty(model: GPT, rows: int) -> Cache:
+def _capacity(model: GPT, n: int) -> int:
+    """The room of a cache for n tokens: a window of 131,072 is not allocated for a short text."""
+    return min(model.config.block_size, max(CAPACITY, 1 << (n - 1).bit_length()))
+
+
+def _empty(model: GPT, rows: int, capacity: int) -> Cache:
     """A cache that holds no tokens."""
     config, dtype = model.config, model.token_embedding_table.embedding.dtype
-    zeros = jnp.zeros((rows * config.kv_heads, config.block_size, config.channels_per_head), dtype)
+    zeros = jnp.zeros((rows * config.kv_heads, capacity, config.channels_per_head), dtype)
     return Cache(((zeros, zeros),) * config.n_layer, np.int32(0))
 
 
-@jax.jit
-def _prefill(model: GPT, window: jax.Array, length: jax.Array) -> Cache:
+@partial(jax.jit, static_argnames="capacity")
+def _prefill(model: GPT, window: jax.Array, length: jax.Array, capacity: int) -> Cache:
     """The cache of a padded (B, T) window, of which the first `length` tokens count, () or, per row, (B,).
 
     The padding is never attended to: attention is causal, and decoding overwrites it.
     """
     _, cache = model.hidden(window)
-    padding = [(0, 0), (0, model.config.block_size - window.shape[1]), (0, 0)]
-    return Cache(
-        jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), jnp.minimum(length, model.config.block_size)
-    )
+    padding = [(0, 0), (0, capacity - window.shape[1]), (0, 0)]
+    return Cache(jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), jnp.minimum(length, capacity))
 
 
 def _hidden(model: GPT, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -236,13 +240,13 @@ def _join(prompt: jax.Array, new: list[jax.Array], lengths: jax.Array | None) ->
     return jnp.take_along_axis(joined, jnp.argsort(order, axis=1), axis=1)  # a stable sort
 
 
-def _cache_of(model: GPT, prompt: jax.Array, length: jax.Array) -> Cache:
+def _cache_of(model: GPT, prompt: jax.Array, length: jax.Array, capacity: int) -> Cache:
     """The cache of the first `length` tokens, () or (B,), of (B, T) prompts, in pieces of few different sizes."""
     T, block_size = prompt.shape[1], model.config.block_size
     if not T:
-        return _empty(model, len(prompt))
+        return _empty(model, len(prompt), capacity)
     padded = jnp.pad(prompt, ((0, 0), (0, (1 << (T - 1).bit_length()) - T)))
-    cache = _prefill(model, padded[:, :block_size], length)
+    cache = _prefill(model, padded[:, :block_size], length, capacity)
     return cache if T <= block_size else _extend(model, padded, length, cache)
 
 
@@ -259,7 +263,7 @@ def _pieces(model, prompt, key, max_new_tokens, rule, lengths, chunk) -> Iterato
         token = jnp.take_along_axis(prompt, length[:, None], axis=1)[:, 0]
     room = max_new_tokens if rolls else block_size - T + 1 if T < block_size else 0  # a full window slides at once
     if room:
-        cache = _cache_of(model, prompt[:, :-1], length)
+        cache = _cache_of(model, prompt[:, :-1], length, _capacity(model, T + max_new_tokens))
     new, done, limit = [], 0, max(NOISE // (rows * model.config.vocab_size), 1)
     while done < max_new_tokens and room:
         n = min(chunk, limit, max_new_tokens - done, room)

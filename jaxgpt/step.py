@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt import data
 from jaxgpt.devices import sharding
@@ -23,7 +24,10 @@ INIT, TRAIN, VAL, ESTIMATE, DROPOUT, SAMPLE = range(6)
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes: `step` () int32, a nested dict of float32 parameters, and optax's state."""
+    """Everything that a step changes: `step` () int32, a nested dict of float32 parameters, and optax's state.
+
+    The parameters are those that are trained: all, or with LoRA the adapters.
+    """
 
     step: jax.Array
     params: dict[str, Any]
@@ -65,6 +69,24 @@ def params_of(model: nnx.Module) -> dict[str, Any]:
         A nested dict of arrays, the form used by TrainState and by checkpoints.
     """
     return nnx.to_pure_dict(nnx.state(model))
+
+
+def trained_of(model: nnx.Module) -> dict[str, Any]:
+    """Extract the parameters that a step changes: the adapters if the model has any, else all; see `params_of`."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.LoRAParam)) or params_of(model)
+
+
+def combined(params: dict[str, Any], frozen: dict[str, Any] | None) -> dict[str, Any]:
+    """Join the adapters of a model and its frozen parameters.
+
+    Args:
+        params: nested dict of the parameters that are trained.
+        frozen: nested dict of the others; None if there are none.
+
+    Returns:
+        The nested dict of all.
+    """
+    return params if frozen is None else unflatten_dict(flatten_dict(frozen) | flatten_dict(params))
 
 
 def init_state(params: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
@@ -174,7 +196,9 @@ def mean_loss(model: GPT, inputs, targets, documents=None, weights=None, *, rngs
     return losses.mean() if weights is None else (losses * weights).mean()
 
 
-def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec):
+def loss_and_gradient(
+    params: dict[str, Any], batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec, frozen: Any = None
+):
     """Compute the mean loss of a step and its gradient; the grad_accumulation parts are computed one by one.
 
     Args:
@@ -182,6 +206,7 @@ def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, ...], key:
         batch: from `data.batch`: inputs and targets, each (grad_accumulation * B, T) integers, and perhaps more.
         key: typed PRNG key for dropout.
         spec: static.
+        frozen: nested dict of the parameters that are not trained; None if all are.
 
     Returns:
         The loss, () float32 in nats per token, and the gradient, a tree like `params`.
@@ -190,20 +215,20 @@ def loss_and_gradient(params: dict[str, Any], batch: tuple[jax.Array, ...], key:
 
     def loss_of(params, part, *batch):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(key, part))
-        return mean_loss(build(spec, params), *batch, rngs=rngs, chunks=spec.loss_chunks)
+        return mean_loss(build(spec, combined(params, frozen)), *batch, rngs=rngs, chunks=spec.loss_chunks)
 
     def add_part(total, part):
         loss_and_grads = jax.value_and_grad(loss_of)(params, *part)
         return jax.tree.map(jnp.add, total, loss_and_grads), None
 
-    stacked = [jnp.arange(parts), *(a.reshape(parts, -1, a.shape[-1]) for a in batch)]
+    stacked = [jnp.arange(parts), *jax.tree.map(lambda a: a.reshape(parts, -1, a.shape[-1]), batch)]
     if parts == 1:
-        return jax.value_and_grad(loss_of)(params, *(a[0] for a in stacked))
+        return jax.value_and_grad(loss_of)(params, *jax.tree.map(lambda a: a[0], stacked))
     zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
     return jax.tree.map(lambda a: a / parts, jax.lax.scan(add_part, zero, stacked)[0])
 
 
-def train_step(state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec):
+def train_step(state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec, frozen: Any = None):
     """Take one optimizer step; if the loss or the gradient is not finite, parameters and moments stay unchanged.
 
     Args:
@@ -211,16 +236,20 @@ def train_step(state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, 
         batch: as for `loss_and_gradient`.
         key: typed PRNG key of the run; dropout depends on it and on state.step only.
         spec: static.
+        frozen: as for `loss_and_gradient`.
 
     Returns:
         The state after the step, and a dict of () float32 metrics: `loss` before the update, `learning_rate`, and
         `grad_norm` before clipping.
     """
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
-    differentiate = partial(loss_and_gradient, spec=spec)
+
+    def differentiate(params, batch, key, frozen):
+        return loss_and_gradient(params, batch, key, spec, frozen)
+
     if spec.per_device_gradients:
         differentiate = sharding.mean_over_devices(differentiate)
-    loss, grads = differentiate(state.params, batch, dropout_key)
+    loss, grads = differentiate(state.params, batch, dropout_key, frozen)
     norm = optax.tree.norm(grads)
 
     def update(params, opt_state):
@@ -252,13 +281,16 @@ def all_finite(tree: Any) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
-def train_steps(state: TrainState, windows: jax.Array | data.Windows, key: jax.Array, *, spec: StepSpec):
+def train_steps(
+    state: TrainState, windows: jax.Array | data.Windows, key: jax.Array, frozen: Any = None, *, spec: StepSpec
+):
     """Take n optimizer steps in one compiled call.
 
     Args:
         state: before the steps; its buffers are donated.
         windows: (n, grad_accumulation * B, T + 1) unsigned integers, or Windows of that shape: those of each step.
         key: typed PRNG key of the run.
+        frozen: nested dict of the parameters that are not trained, which are not donated; None if all are.
         spec: static.
 
     Returns:
@@ -266,7 +298,7 @@ def train_steps(state: TrainState, windows: jax.Array | data.Windows, key: jax.A
     """
 
     def one(state, windows):
-        return train_step(state, data.batch(windows), key, spec)
+        return train_step(state, data.batch(windows), key, spec, frozen)
 
     state, metrics = jax.lax.scan(one, state, windows)
     return sharding.pin(state), metrics  # pinned again: the result of the scan is the input of the next call
@@ -315,7 +347,7 @@ def evaluate(
     Args:
         model: in the compute dtype.
         tokens: (N,) integers, or Windows of that shape, or several such pieces. Consecutive windows predict every token
-            of a piece but the first, and but the first of each document, exactly once.
+            of a piece but the first, and but those that do not count (`Windows.counted`), exactly once.
         batch_size: windows per batch, rounded up to a multiple of the devices that share it.
         chunks: as for `token_losses`.
 
@@ -329,9 +361,9 @@ def evaluate(
     for piece in [tokens] if isinstance(tokens, jax.Array | np.ndarray | data.Windows) else tokens:
         piece = data.Windows.of(piece)
         nats += np.sum(np.asarray(_sums(model, jax.tree.map(jnp.asarray, piece), batch_size, chunks), np.float64))
-        count += len(piece.tokens) - 1 if piece.documents is None else int(piece.counted.sum())
+        count += len(piece.tokens) - 1 if piece.counted is None else int(piece.counted.sum())
     if not count:
         raise data.DataError(
-            "nothing to predict (no token follows another one of its document): use --data.documents packed"
+            "nothing to predict (no token that counts follows another one of its document): use --data.documents packed"
         )
     return float(nats / count)

@@ -1,20 +1,24 @@
-"""Text to token ids and back: one id per character, or byte-level BPE."""
+"""Text to token ids and back: one id per character, or byte-level BPE, or the tokenizer of another model."""
 
 import codecs
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxgpt.errors import ArgumentError, JaxgptError, shortened
-from jaxgpt.files import byte_level, tokenizer_files
+from jaxgpt.files import byte_level, storage, token_bytes, tokenizer_files, tokenizer_settings
 from jaxgpt.files.byte_level import END_OF_TEXT
 from jaxgpt.files.tokenizer_files import TokenizerError
 
 Ids = Sequence[int] | np.ndarray
+# a text that a tokenizer must give back, or it would lose parts of other texts without a word
+SAMPLE = "The King's  12,345 é 日本 🙂\n\n\tends here. "
 
 
 class UnknownCharacterError(JaxgptError, ValueError):
@@ -26,8 +30,21 @@ class Tokenizer:
 
     end_of_text: int | None = None
     """The id that ends a document; None if the tokenizer has none."""
+    ends: tuple[int, ...] = ()
+    """All ids that end a text which the model writes, the end of text first."""
+    bos: int | None = None
+    """The id that begins a text; None if the tokenizer has none."""
+    prefix: np.ndarray = np.empty(0, np.int32)
+    """(N,) int32 ids that the model expects before the first token of a text: `bos` for most Llamas, or nothing."""
+    chat_template: str | None = None
+    """The model's own Jinja template of a dialogue; None if it has none."""
+    special: Mapping[str, str] = types.MappingProxyType({})
+    """The texts of the tokens `bos_token` and `eos_token`, which templates name; without those that are not set."""
+    settings: Mapping[str, Any] = types.MappingProxyType({})
+    """What stands beside the tokenizer in tokenizer_config.json; see `tokenizer_settings.checked`."""
     _bytes: list[bytes]
     _special: frozenset[int] = frozenset()  # ids that are no text, such as the end of text
+    _drops_first_space = False  # whether a text begins without the space of its first word
 
     @property
     def vocab_size(self) -> int:
@@ -51,12 +68,15 @@ class Tokenizer:
         """
         return "".join(self.decode_stream([ids], skip_special_tokens))
 
-    def decode_stream(self, pieces: Iterable[Ids], skip_special_tokens: bool = False) -> Iterator[str]:
+    def decode_stream(
+        self, pieces: Iterable[Ids], skip_special_tokens: bool = False, continues: bool = False
+    ) -> Iterator[str]:
         """Decode a text that arrives in pieces, whose ends may lie inside a character.
 
         Args:
             pieces: (N,) integers in [0, vocab_size) each; N may differ.
             skip_special_tokens: whether special tokens are left out of the text.
+            continues: whether there is text before, so that the space before the first word is one.
 
         Yields:
             The text of each piece up to its last whole character, and finally the rest. Joined, they are the text that
@@ -64,9 +84,13 @@ class Tokenizer:
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         left_out = self._special if skip_special_tokens else ()
+        at_start = self._drops_first_space and not continues
         for piece in pieces:
             ids = _checked(piece, self.vocab_size)
-            yield decoder.decode(b"".join(self._bytes[i] for i in ids if i not in left_out))
+            text = b"".join(self._bytes[i] for i in ids if i not in left_out)
+            if at_start and text:
+                text, at_start = text.removeprefix(b" "), False
+            yield decoder.decode(text)
         yield decoder.decode(b"", final=True)
 
 
@@ -135,26 +159,48 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A byte-level BPE tokenizer in GPT-2's form: it encodes any text, and decoding restores that text."""
+    """A tokenizer of the tokenizers library: it encodes any text, and decoding restores that text."""
 
-    def __init__(self, tokenizer, source: str = "tokenizer.json"):
-        """Wrap a tokenizer of the tokenizers library.
+    def __init__(self, tokenizer, source: str = "tokenizer.json", settings: dict[str, Any] | None = None):
+        """Wrap a tokenizer of the library.
 
         Args:
             tokenizer: a `tokenizers.Tokenizer`, which must not be used elsewhere, because its settings are changed.
             source: its name in error messages.
+            settings: what stands beside it in a tokenizer_config.json, as `tokenizer_settings.checked` returns it.
 
         Raises:
             ArgumentError: it is not a `tokenizers.Tokenizer`.
-            TokenizerError: it is not byte-level BPE with GPT-2's pre-tokenizer, so some texts would not be restored.
+            TokenizerError: some texts would not be restored, or the settings name a token that it lacks.
         """
         if not hasattr(tokenizer, "to_str"):
             raise ArgumentError(f"not a tokenizer (tokenizer, {type(tokenizer).__name__}): give a tokenizers.Tokenizer")
-        byte_level.configure(tokenizer, source)
+        self.settings = settings or {}
+        self.special = {name: self.settings[name] for name in tokenizer_settings.TOKENS if name in self.settings}
+        for name, token in self.special.items():
+            if tokenizer.token_to_id(token) is None:
+                raise TokenizerError(
+                    f"a token that the tokenizer lacks ({source}, {name} {shortened(repr(token))}): restore "
+                    f"{tokenizer_settings.FILE}, or take the tokenizer.json that belongs to it"
+                )
+        byte_level.configure(tokenizer, self.special.values())
         self._tokenizer = tokenizer
-        self._bytes = tokenizer_files.bytes_of_ids(tokenizer, source)
+        self._bytes = token_bytes.bytes_of_ids(tokenizer, source)
         self._special = frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)
-        self._cuttable = byte_level.is_cuttable(tokenizer)
+        plain = tokenizer_files.has_gpt2_form(json.loads(tokenizer.to_str()))
+        self._cuttable = plain and byte_level.is_cuttable(tokenizer)
+        self._drops_first_space = token_bytes.drops_first_space(tokenizer)
+        more = tuple(self.settings.get("eos_token_id", ()))
+        first = () if self.end_of_text is None else (self.end_of_text,)
+        self.ends = tuple(dict.fromkeys(first + more))
+        if more and not 0 <= min(more) <= max(more) < self.vocab_size:
+            beyond = f"{source}, eos_token_id {more}"
+            raise TokenizerError(f"an id beyond the vocabulary ({beyond}): use ids from 0 to {self.vocab_size - 1}")
+        if not plain and (found := self.decode(self.encode(SAMPLE))) != SAMPLE:
+            raise TokenizerError(
+                f"a tokenizer that changes a text ({source}, {SAMPLE!r} becomes {shortened(repr(found), 80)}): use "
+                "char, gpt2, bpe or the tokenizer of a Llama or Qwen model"
+            )
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
@@ -174,13 +220,33 @@ class BPETokenizer(Tokenizer):
 
     @property
     def end_of_text(self) -> int | None:
-        """The id of `<|endoftext|>`, which ends a document; None if the tokenizer lacks it."""
-        return self._tokenizer.token_to_id(END_OF_TEXT)
+        """The id that ends a document: the settings' eos_token, else `<|endoftext|>`; None if there is neither."""
+        if "eos_token" not in self.special and self.settings.get("eos_token_id"):
+            return self.settings["eos_token_id"][0]
+        return self._tokenizer.token_to_id(self.special.get("eos_token", END_OF_TEXT))
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a text: the settings' bos_token; None if there is none."""
+        return self._tokenizer.token_to_id(self.special["bos_token"]) if "bos_token" in self.special else None
+
+    @functools.cached_property
+    def prefix(self) -> np.ndarray:
+        """The ids that the model expects before the first token of a text, (N,) int32; most often none, or `bos`."""
+        added = self._tokenizer.encode("", add_special_tokens=True).ids  # what the post-processor of the file adds
+        begins = self.settings.get("add_bos_token", added[:1] == [self.bos])
+        return np.array([self.bos] if begins and self.bos is not None else [], np.int32)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own Jinja template of a dialogue; None if it has none."""
+        return self.settings.get("chat_template")
 
     @property
     def start(self) -> np.ndarray:
-        """The prompt of a new text, (1,) int32: the end of the previous text, or a line break."""
-        return self.encode("\n") if self.end_of_text is None else np.array([self.end_of_text], np.int32)
+        """The prompt of a new text, (1,) int32: its beginning, the end of the text before, or a line break."""
+        first = self.end_of_text if self.bos is None else self.bos
+        return self.encode("\n") if first is None else np.array([first], np.int32)
 
     def encode(self, text: str, special_tokens: bool = False) -> np.ndarray:
         """Encode a text as transformers does, but add no tokens at its start or end.
@@ -199,15 +265,19 @@ class BPETokenizer(Tokenizer):
         return byte_level.encode(tokenizer, _utf8(text), self._cuttable)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Write the tokenizer.
+        """Write the tokenizer, and a tokenizer_config.json beside it if it has settings.
 
         Args:
             path: a tokenizer.json, in Hugging Face's format.
         """
+        if self.settings:
+            text = json.dumps(self.settings, indent=1, ensure_ascii=False) + "\n"
+            storage.write(_path(path).with_name(tokenizer_settings.FILE), text)
         _path(path).write_text(self._tokenizer.to_str(), encoding="utf-8")
 
     def __reduce__(self):
-        return _from_json, (self._tokenizer.to_str(),)  # for pickle: the library's own pickles lose settings
+        # for pickle: the library's own pickles lose settings
+        return from_json, (self._tokenizer.to_str(), "pickle", self.settings)
 
     @functools.cached_property
     def _with_special_tokens(self):
@@ -228,7 +298,7 @@ def same(a: Tokenizer, b: Tokenizer) -> bool:
         raise ArgumentError(f"not a tokenizer (a or b, {wrong[0]}): give a CharTokenizer or a BPETokenizer")
     if isinstance(a, CharTokenizer) or isinstance(b, CharTokenizer):
         return getattr(a, "alphabet", None) == getattr(b, "alphabet", None)
-    return tokenizer_files.same(a._tokenizer, b._tokenizer)
+    return a.end_of_text == b.end_of_text and tokenizer_files.same(a._tokenizer, b._tokenizer)
 
 
 def gpt2() -> BPETokenizer:
@@ -245,14 +315,17 @@ def load(path: str | pathlib.Path) -> Tokenizer:
     """Load a tokenizer that `save`, `jaxgpt export` or another program wrote.
 
     Args:
-        path: a tokenizer.json of characters or byte-level BPE, or GPT-2's vocab.json with merges.txt beside it.
+        path: a tokenizer.json of characters or of the tokenizers library, with its tokenizer_config.json beside it if
+            there is one, or GPT-2's vocab.json with merges.txt beside it.
 
     Raises:
         TokenizerError: the file is not a usable tokenizer, or the tokenizers library is not installed.
     """
     found = tokenizer_files.read(_path(path))
     try:
-        return BPETokenizer(found, str(path)) if hasattr(found, "to_str") else CharTokenizer(found)
+        if not hasattr(found, "to_str"):
+            return CharTokenizer(found)
+        return BPETokenizer(found, str(path), tokenizer_settings.read(_path(path)))
     except ArgumentError as error:
         raise TokenizerError(f"not a tokenizer file ({path}, {error}): restore it, or train again") from None
 
@@ -277,8 +350,9 @@ def for_text(spec: str, text: str, alphabet: str | None = None) -> Tokenizer:
     return load(spec)
 
 
-def _from_json(text: str) -> BPETokenizer:
-    return BPETokenizer(tokenizer_files.from_json(text, "pickle"))
+def from_json(text: str, source: str, settings: dict[str, Any] | None = None) -> BPETokenizer:
+    """Make a tokenizer of the text of a tokenizer.json; the other arguments are those of `BPETokenizer`."""
+    return BPETokenizer(tokenizer_files.from_json(text, source), source, settings)
 
 
 def _path(path: str | os.PathLike) -> pathlib.Path:

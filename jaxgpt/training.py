@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import flax
 import jax
@@ -17,15 +19,16 @@ from jaxgpt.config import Config, ConfigError
 from jaxgpt.devices import attention, chips, cores, processes, sharding
 from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.files import lock, storage
-from jaxgpt.init import abstract, abstract_state, first_state
+from jaxgpt.init import abstract, abstract_frozen, abstract_state, first_state, init_adapters, state_of
+from jaxgpt.layers import merged
 from jaxgpt.loop import TrainingLoop
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import optimizer, schedule
-from jaxgpt.runs import init_from, metrics, report
+from jaxgpt.runs import base, init_from, metrics, report, track
 from jaxgpt.runs.directory import RunDirectory, open_run
-from jaxgpt.runs.loading import Run
-from jaxgpt.step import StepSpec, TrainState, averaged, cast, evaluate
-from jaxgpt.text.source import Source, describe, open_source
+from jaxgpt.runs.loading import Run, model_of, read_base
+from jaxgpt.step import INIT, StepSpec, TrainState, averaged, cast, combined, evaluate, stream_key
+from jaxgpt.text.source import Source, describe, open_source, watched
 
 
 def train(config: Config) -> Run:
@@ -56,20 +59,29 @@ def train(config: Config) -> Run:
         source.split(mesh, config.model.block_size)
         donor = init_from.check(config, source.tokenizer) if run.step is None else None
         run.begin(shapes)
+        if run.step is None and config.lora.rank:
+            init_from.keep_base(config)
         state = new_state(config, donor, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
+        frozen = read_frozen(config, mesh, run.manifest)
         emit = stack.enter_context(_sinks(run))
-        start = start_record(config, mesh, source, state)
+        start = start_record(config, mesh, source, state, frozen)
         emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"]), "changed": run.changed})
         peak = chips.Peak(list(mesh.devices.flat))
-        loop = TrainingLoop(config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started)
+        loop = TrainingLoop(
+            config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started, frozen
+        )
         with stop_requests() as stop_request:
             state = loop.run(state, stop_request)
-        loss = evaluate(cast(averaged(state), spec), source.pieces("val"), chunks=spec.loss_chunks)
+        with watched(source, "val", sys.stdout if processes.is_first() else None) as pieces:
+            loss = evaluate(cast(combined(averaged(state), frozen), spec), pieces, chunks=spec.loss_chunks)
         run.checkpoints.wait()  # "done" is printed only once everything is safe
         elapsed, last = time.perf_counter() - started, int(state.step)
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
               "elapsed_s": elapsed, "run_dir": config.run.dir, "sample": loop.sample(state, last)})  # fmt: skip
-    model = nnx.merge(spec.graphdef, averaged(state))
+    if frozen is None:
+        model = nnx.merge(spec.graphdef, averaged(state))
+    else:
+        model = model_of(config.model, merged(frozen, averaged(state), config.lora))
     return Run(run.folder, config, source.tokenizer, model, last, source.sha256)
 
 
@@ -90,7 +102,8 @@ def _mesh_and_lock(config: Config) -> Iterator[Mesh]:
 
 @contextlib.contextmanager
 def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
-    """Yield a function that writes a record to metrics.jsonl and to the console, in the first process only."""
+    """Yield a function that writes a record to metrics.jsonl, to the console and to the tracker that `run.track` names,
+    in the first process only."""
     sinks = []
     with contextlib.ExitStack() as stack:
         if processes.is_first():
@@ -100,6 +113,9 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
             stack.callback(file.close)
             stack.callback(metrics.optional("progress bar", console.close))
             sinks = [file, metrics.optional("progress on the screen", console)]
+            if tracker := track.of(run.config, run.folder, run.step):
+                stack.callback(metrics.optional(run.config.run.track, tracker.close))
+                sinks.append(metrics.optional(run.config.run.track, tracker))
 
         def emit(record: metrics.Record) -> None:
             for sink in sinks:
@@ -109,7 +125,7 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
 
 
 def new_state(config: Config, donor: GPTConfig | None, spec: StepSpec, shapes: TrainState) -> TrainState:
-    """Make the state before the first step, with new weights or with those of the run that `run.init_from` names.
+    """Make the state before the first step, with new weights or adapters, or the weights that `run.init_from` names.
 
     Args:
         config: resolved.
@@ -117,9 +133,29 @@ def new_state(config: Config, donor: GPTConfig | None, spec: StepSpec, shapes: T
         spec: from `specify`.
         shapes: from `specify`.
     """
+    if config.lora.rank:
+        return state_of(init_adapters(config.model, config.lora, stream_key(config.seed, INIT)), spec.tx)
     if donor is not None:
         return init_from.initial_state(config, donor, spec.tx, shapes)
     return first_state(config.model, spec.tx, config.seed)
+
+
+def read_frozen(config: Config, mesh: Mesh, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the weights that LoRA adapts, from the run directory.
+
+    Args:
+        config: resolved.
+        mesh: of the run.
+        manifest: of the checkpoint to continue from; empty at the start of a run.
+
+    Returns:
+        A nested dict of arrays; None without LoRA.
+
+    Raises:
+        CheckpointError: the base is missing, damaged, another one, or of another model.
+    """
+    shapes, run_dir = abstract_frozen(config.model, config.lora, mesh), config.run.dir
+    return shapes and read_base(run_dir, manifest.get("base") or base.identity(run_dir), shapes)
 
 
 def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Config:
@@ -174,7 +210,7 @@ def abstract_model(config: Config, platform: str) -> GPT:
             f"no {kernel} attention here (--model.attention; {platform}, {dtype}, block_size {sizes[1]}, heads of "
             f"{sizes[2]} channels): use auto"
         )
-    return abstract(dataclasses.replace(model, attention=kernel))
+    return abstract(dataclasses.replace(model, attention=kernel), config.lora)
 
 
 def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[StepSpec, TrainState]:
@@ -208,17 +244,20 @@ def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
     )
 
 
-def start_record(config: Config, mesh: Mesh, source: Source, state: TrainState) -> metrics.Record:
+def start_record(
+    config: Config, mesh: Mesh, source: Source, state: TrainState, frozen: dict[str, Any] | None = None
+) -> metrics.Record:
     """Build the first record of metrics.jsonl: what is known before the first step."""
     model, batch = config.model, config.data.batch_size * config.optim.grad_accumulation
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    trained, fixed = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     return {
         "kind": "start",
         "step": int(state.step),
         "devices": [device.device_kind for device in mesh.devices.flat],
         "mesh": dict(mesh.shape),
-        "parameters": parameters,
-        "flops_per_token": metrics.flops_per_token(model, parameters),
+        "parameters": trained + fixed,
+        **({"adapters": trained} if fixed else {}),
+        "flops_per_token": metrics.flops_per_token(model, trained + fixed, fixed),
         "batch": [batch, model.block_size],
         "steps": config.train.steps,
         "dtype": config.train.dtype,

@@ -43,3 +43,9 @@ def test_the_cost_of_float32_sums_is_measured():
 def test_saves_are_measured(tmp_path):
     found = result_of("saves.py", *SMALL, "--steps", "50", "--folder", str(tmp_path))
     assert found["orbax_s"][0] > 0 and found["save_s"][0] > 0 and found["rounds"] == 1
+
+
+def test_what_runs_side_by_side_gain_is_measured():
+    recipe = str(ROOT / "configs/lecture/one_head.yaml")
+    found = result_of("sweep.py", "--config", recipe, "--runs", "2", "--rounds", "1", "--steps", "2")
+    assert found["runs"] == 2 and found["ratio"]["median"] > 0 and found["flops_per_step"] > 0

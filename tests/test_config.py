@@ -73,8 +73,9 @@ def test_a_dumped_config_loads_as_the_same(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_loads_and_opens_with_what_it_is(file, tmp_path, monkeypatch):
-    (tmp_path / "runs" / "gpt2").mkdir(parents=True)
-    write(tmp_path / "runs" / "gpt2" / "config.yaml", configs.dump(Config()))  # what finetune_gpt2.yaml starts from
+    for start in ("gpt2", "smollm2"):  # what the recipes for fine-tuning start from
+        (tmp_path / "runs" / start).mkdir(parents=True)
+        write(tmp_path / "runs" / start / "config.yaml", configs.dump(Config()))
     monkeypatch.chdir(tmp_path)
     assert isinstance(load_config(["--config", str(file)]), Config)
     title, *header = [line for line in file.read_text().splitlines() if line.startswith("#")]

@@ -23,10 +23,12 @@ QUICK = {
 # a part of the command, and why it is not run here
 NOT_RUN = {
     "python3 -m venv": "sets up an environment; .ci/run does the same",
+    "jaxgpt sweep": "takes minutes; tests/tools/test_sweep.py sweeps",
     "jaxgpt ladder": "takes a minute and a half; tests/tools/test_ladder.py runs it",
     "--target v5e": "needs the TPU compiler; tests/tools/test_plan.py runs it where that is installed",
     "--from ": "needs downloads or files of the reader's; tests/interop/test_importing.py imports",
     "finetune_gpt2": "needs GPT-2's weights; tests/runs/test_init_from.py runs the recipe",
+    "smollm2": "needs SmolLM2's weights; tests/text/test_dialogues.py trains on dialogues",
     "gpt2_124m.yaml --data.path": "needs accelerators; tests/test_lowering.py lowers it",
     "gcloud": "needs a TPU pod; tests/devices/test_processes.py runs several processes",
     "for i in 0 1": "needs two machines",

@@ -47,10 +47,19 @@ def test_each_schedule_is_its_closed_form_at_every_step(name, floor, fraction, w
         assert float(schedule(jnp.int32(warmup))) == np.float32(1e-3)
 
 
-def test_the_default_schedule_keeps_its_bits():
+BITS = [(6e-4, 6e-5, 0, 777), (3e-3, 0.0, 1, 2001), (0.1, 0.1, 7, 8)]
+
+
+@pytest.mark.parametrize(
+    "peak, floor, warmup, end",
+    [(1e-3, 1e-4, 100, 2000), *(pytest.param(*each, marks=pytest.mark.full) for each in BITS)],
+)
+def test_the_cosine_keeps_the_bits_of_optax_s(peak, floor, warmup, end):
     steps = jnp.arange(2100)
-    before = optax.warmup_cosine_decay_schedule(1e-3 / 101, 1e-3, 100, 2000, 1e-4)
-    np.testing.assert_array_equal(optim.schedule(OptimConfig(), 2000)(steps), before(steps))
+    before = optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, end, floor)
+    now = optim.schedule(OptimConfig(peak, floor, warmup), end)
+    np.testing.assert_array_equal(now(steps), before(steps))
+    np.testing.assert_array_equal(jax.jit(now)(steps), jax.jit(before)(steps))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
@@ -89,6 +98,36 @@ def test_updates_are_those_of_adamw_s_definition():
         step = (m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + epsilon)
         p = p - rate * (step + decay * p)
         np.testing.assert_allclose(params["kernel"], p, rtol=1e-5)  # float32 against float64
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_the_numbers_of_a_schedule_may_be_arrays(name, warmup):
+    n, steps = optim.numbers(OptimConfig(1e-3, 1e-4, warmup, schedule=name), 100), np.arange(120)
+    expected = [closed_form(name, step, 1e-3, 1e-4, warmup, 100, 0.7) for step in steps]
+    rates = jax.jit(lambda n, steps: optim.schedule_of(name, n)(steps))(n, steps)
+    np.testing.assert_allclose(rates, expected, rtol=2e-6, atol=1e-10)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_numbers_of_an_optimizer_may_be_arrays(optimizer):
+    config = OptimConfig(3e-3, 1e-4, 2, weight_decay=0.3, beta2=0.95, optimizer=optimizer, ema_decay=0.9)
+    params = {"blocks": {0: {"mlp": {"fc": {"kernel": jnp.ones((2, 4)), "bias": jnp.ones(4)}}}}}
+    grads = jax.tree.map(lambda p: jnp.arange(p.size, dtype=jnp.float32).reshape(p.shape) - 3, params)
+
+    def after(n):
+        tx = optim.optimizer_of(config, n)
+        state, p = tx.init(params), params
+        for _ in range(3):
+            updates, state = tx.update(grads, state, p)
+            p = optax.apply_updates(p, updates)
+        return p, state
+
+    n = optim.numbers(config, 10)
+    # 1 - beta2 is rounded to float32 once more
+    chex.assert_trees_all_close(jax.jit(after)(optim.Numbers(*map(jnp.float32, n))), after(n), rtol=1e-4)
 
 
 @pytest.mark.parametrize("clip, expected", [(1.0, [0.6, 0.8]), (0.0, [3.0, 4.0]), (10.0, [3.0, 4.0])])

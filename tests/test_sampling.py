@@ -1,3 +1,5 @@
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,22 @@ def test_rows_of_a_batch_and_keys_give_different_texts():
     one, other = (np.asarray(generate(MODEL, prompt, jax.random.key(seed), 20)) for seed in (1, 2))
     assert (one[0] != one[1]).any() and (one != other).any()
     np.testing.assert_array_equal(one, generate(MODEL, prompt, jax.random.key(1), 20))
+
+
+@pytest.mark.parametrize("n, capacity", [(5, 1024), (1024, 1024), (1025, 2048), (9000, 8192)])
+def test_a_cache_is_as_long_as_the_text_and_not_as_the_window(n, capacity):
+    model = types.SimpleNamespace(config=types.SimpleNamespace(block_size=8192))
+    assert sampling._capacity(model, n) == capacity
+    assert sampling._capacity(MODEL, n) == MODEL.config.block_size
+
+
+def test_a_shorter_cache_gives_the_same_text(monkeypatch):
+    prompt, lengths = jnp.array([[1, 0], [3, 4]]), jnp.array([1, 2])
+    whole = [generate(MODEL, prompt, jax.random.key(0), 2, lengths=given) for given in (None, lengths)]
+    monkeypatch.setattr(sampling, "CAPACITY", 1)
+    assert sampling._capacity(MODEL, 4) < MODEL.config.block_size
+    shorter = [generate(MODEL, prompt, jax.random.key(0), 2, lengths=given) for given in (None, lengths)]
+    chex.assert_trees_all_equal(whole, shorter)
 
 
 @pytest.mark.full

@@ -32,7 +32,8 @@ def test_the_wheel_holds_the_package_and_every_recipe_and_nothing_else(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     package = {f"jaxgpt/{path.relative_to(ROOT / 'jaxgpt')}" for path in (ROOT / "jaxgpt").rglob("*.py")}
     recipes = {f"jaxgpt/configs/{path.relative_to(ROOT / 'configs')}" for path in (ROOT / "configs").rglob("*.yaml")}
-    assert names == package | recipes
+    pages = {f"jaxgpt/interop/page/{path.name}" for path in (ROOT / "jaxgpt" / "interop" / "page").iterdir()}
+    assert names == package | recipes | pages
 
 
 def test_the_metadata_names_what_an_index_shows(wheel):

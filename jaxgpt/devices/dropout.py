@@ -9,6 +9,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 
+class RateArray:
+    """A rate above 0 that is an array inside a compiled function. A module takes no bare array as a static attribute.
+
+    Args:
+        value: () float32.
+    """
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+
 class Dropout(nnx.Module):
     """Zero values at random and scale up the rest, so that the mean stays the same.
 
@@ -17,7 +28,7 @@ class Dropout(nnx.Module):
     Source: Srivastava et al. 2014; one byte per value as in Dao's FlashAttention.
     """
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: "float | RateArray"):
         self.rate = rate
 
     def __call__(self, x: jax.Array, rngs: nnx.Rngs | None) -> jax.Array:
@@ -32,8 +43,13 @@ class Dropout(nnx.Module):
         """
         if rngs is None or not self.rate:
             return x
-        dropped = min(max(round(256 * self.rate), 1), 255)
+        if isinstance(self.rate, RateArray):
+            dropped = jnp.clip(jnp.round(256 * self.rate.value), 1, 255)
+            scale = (256 / (256 - dropped)).astype(x.dtype)
+        else:
+            dropped = min(max(round(256 * self.rate), 1), 255)
+            scale = 256 / (256 - dropped)
         *rows, T = x.shape
         words = jax.random.bits(rngs.dropout(), (*rows, -(-T // 4)), jnp.uint32)
         drawn = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*rows, -1)[..., :T]
-        return jnp.where(drawn < dropped, 0, x * (256 / (256 - dropped)))
+        return jnp.where(drawn < dropped, 0, x * scale)

@@ -19,29 +19,30 @@ SAFE_CUT = re.compile(
 CHUNK_BYTES, CHUNKS = 1 << 16, 32  # per call of the library, which needs a few hundred bytes of memory per token
 
 
-def configure(tokenizer, source: str) -> None:
-    """Change the settings of a tokenizer of the library so that decoding restores every text.
+def configure(tokenizer, special: Iterable[str] = ()) -> None:
+    """Change the settings of a tokenizer of the library so that a text always has the same ids.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`.
-        source: its name in error messages.
-
-    Raises:
-        TokenizerError: it is not byte-level BPE with GPT-2's pre-tokenizer, so some texts would not be restored.
+        special: tokens that are no text, beside those that the tokenizer names itself.
     """
-    if not tokenizer_files.restores_any_text(tokenizer):
-        raise TokenizerError(f"not byte-level BPE in GPT-2's form ({source}): use char, gpt2 or bpe")
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    if tokenizer.token_to_id(END_OF_TEXT) is not None and END_OF_TEXT not in special:
-        tokenizer.add_special_tokens([END_OF_TEXT])
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    for token in (END_OF_TEXT, *special):
+        if tokenizer.token_to_id(token) is not None and token not in known:
+            tokenizer.add_special_tokens([token])
     tokenizer.encode_special_tokens = True  # <|endoftext|> in a text is ordinary text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.model.dropout = None  # a text always has the same ids
+    if hasattr(tokenizer.model, "dropout"):
+        tokenizer.model.dropout = None
 
 
 def is_cuttable(tokenizer) -> bool:
-    """Return whether a text may be cut at `SAFE_CUT`: never inside an added token or the spaces that it takes."""
+    """Return whether a text may be cut at `SAFE_CUT`: never inside an added token or the spaces that it takes.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer` in GPT-2's form.
+    """
     added = tokenizer.get_added_tokens_decoder().values()
     return not any(token.rstrip or SAFE_CUT.search(token.content.encode(), 1) for token in added)
 

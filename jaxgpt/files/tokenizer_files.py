@@ -101,9 +101,8 @@ def byte_level(model):
     return tokenizer
 
 
-def restores_any_text(tokenizer) -> bool:
-    """Return whether a tokenizer is byte-level BPE that splits a text as GPT-2 does, and changes nothing in it."""
-    form = json.loads(tokenizer.to_str())
+def has_gpt2_form(form: dict) -> bool:
+    """Return whether the content of a tokenizer.json is byte-level BPE that splits a text as GPT-2 does, unchanged."""
     before, model, decoder = form["pre_tokenizer"] or {}, form["model"], form["decoder"] or {}
     if (model["type"], before.get("type"), decoder.get("type")) != ("BPE", "ByteLevel", "ByteLevel"):
         return False
@@ -113,15 +112,18 @@ def restores_any_text(tokenizer) -> bool:
 
 
 def _what_decides_ids(tokenizer) -> list:
-    """What the ids of a text depend on, apart from what `restores_any_text` checks."""
+    """What the ids of a text depend on."""
     form = json.loads(tokenizer.to_str())
     flags = ("id", "content", "special", "single_word", "lstrip", "rstrip")
     added = [[token[flag] for flag in flags] for token in form["added_tokens"]]
-    return [added, *(form["model"].get(part) for part in ("vocab", "merges", "ignore_merges"))]
+    parts = [form["model"].get(part) for part in ("vocab", "merges", "ignore_merges")]
+    if not has_gpt2_form(form):  # otherwise the rest is fixed, or changes nothing
+        parts += [form["normalizer"], form["pre_tokenizer"], form["decoder"], form["model"]]
+    return [added, *parts]
 
 
 def same(a, b) -> bool:
-    """Return whether two tokenizers that restore any text give it the same ids, with the same added tokens."""
+    """Return whether two tokenizers of the library give every text the same ids, with the same added tokens."""
     return _what_decides_ids(a) == _what_decides_ids(b)
 
 
@@ -130,22 +132,6 @@ def bytes_as_characters() -> dict[str, int]:
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def bytes_of_ids(tokenizer, source: str) -> list[bytes]:
-    """Return the bytes of a text that each id stands for, none for an id that has no token.
-
-    Raises:
-        TokenizerError: most ids have no token.
-    """
-    bytes_of = bytes_as_characters()
-    found = {i: token.content.encode() for i, token in tokenizer.get_added_tokens_decoder().items()}
-    for token, i in tokenizer.get_vocab(with_added_tokens=False).items():
-        known = all(character in bytes_of for character in token)
-        found[i] = bytes(map(bytes_of.get, token)) if known else token.encode()
-    if max(found) > 2 * len(found):
-        raise TokenizerError(f"{len(found)} tokens with ids up to {max(found)} ({source}): number them from 0 on")
-    return [found.get(i, b"") for i in range(max(found) + 1)]
 
 
 def _alphabet(form: dict) -> str | None:

@@ -6,7 +6,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,45 +19,55 @@ from jaxgpt.config import ConfigError
 from jaxgpt.devices.sharding import name_of
 from jaxgpt.files.download import DownloadError
 from jaxgpt.init import abstract
-from jaxgpt.interop import gpt2, hf_tokenizer
+from jaxgpt.interop import gpt2, hf_tokenizer, llama, page, peft
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.runs.loading import Run, Step, load
 from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.step import params_of
 
 TENSORS, CONFIG, PROGRAM = "model.safetensors", "config.json", "model.stablehlo"
+GENERATION = "generation_config.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportArgs:
-    """Write the model of a run for other programs. The format hf refuses what GPT-2's format cannot represent."""
+    """Write the model of a run for other programs. The format hf refuses what the formats of GPT-2, Llama, Mistral,
+    Qwen2 and Qwen3 cannot represent."""
 
     run: Path
     """Run directory."""
     to: Path
-    """Folder to create."""
-    format: Literal["hf", "safetensors", "stablehlo"] = "hf"
-    """hf: for transformers' GPT2LMHeadModel and AutoTokenizer. safetensors: the arrays under jaxgpt's own names.
-    stablehlo: these arrays, and an exported program for cpu, cuda and tpu that needs only jax."""
+    """Folder to create; with format html, FILE.html."""
+    format: Literal["hf", "peft", "safetensors", "stablehlo", "html"] = "hf"
+    """hf: for transformers' AutoModelForCausalLM and AutoTokenizer. peft: the adapters of a LoRA run, for the library
+    peft. safetensors: the arrays under jaxgpt's own names. stablehlo: these arrays, and an exported program for cpu,
+    cuda and tpu that needs only jax. html: a page that runs the model in any browser, offline."""
     step: Step = None
     """Step of the checkpoint; by default the one with the lowest validation loss."""
+    dtype: page.Dtype = "float32"
+    """Type of the weights in a page; float16 halves its size (format html)."""
 
     def __post_init__(self):
         check_fields(self)
 
 
 def export(args: ExportArgs) -> list[str]:
-    """Write the folder, completely or not at all.
+    """Write the folder or the page, completely or not at all.
 
     Returns:
         The names of the files.
 
     Raises:
-        ConfigError: the folder exists and is not empty, or is not a folder of this machine.
+        ConfigError: the folder exists and is not empty, or is not a folder of this machine; the page exists.
         CheckpointError: the run cannot be loaded.
         FormatError: the format cannot represent the model.
+        PageError: the page cannot run the model.
     """
+    if args.format == "html":
+        return [_export_page(args)]
+    if args.dtype != "float32":
+        raise ConfigError(f"only pages have another type (--dtype, {args.dtype}): add --format html, or leave it out")
     if "://" in args.to:
         raise ConfigError(f"not a local folder (--to, {args.to}): name one, and copy its files from there")
     target = pathlib.Path(args.to).absolute()
@@ -66,7 +76,9 @@ def export(args: ExportArgs) -> list[str]:
     if target.exists() and any(target.iterdir()):
         raise ConfigError(f"the folder is not empty (--to, {args.to}): name another, or empty it")
     run = load(args.run, args.step)
-    write = {"hf": write_huggingface, "safetensors": write_safetensors, "stablehlo": write_stablehlo}[args.format]
+    writers = {"hf": write_huggingface, "peft": peft.write}
+    writers |= {"safetensors": write_safetensors, "stablehlo": write_stablehlo}
+    write = writers[args.format]
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -79,6 +91,22 @@ def export(args: ExportArgs) -> list[str]:
     return sorted(path.name for path in target.iterdir())
 
 
+def _export_page(args: ExportArgs) -> str:
+    """Write the page, completely or not at all; return its name."""
+    target = pathlib.Path(args.to).absolute()
+    if "://" in args.to or target.suffix.lower() != ".html":
+        raise ConfigError(f"not an HTML file of this machine (--to, {args.to}): name a FILE.html")
+    if target.exists():
+        raise ConfigError(f"the file exists (--to, {args.to}): name another, or delete it")
+    run = load(args.run, args.step)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
+        fresh = pathlib.Path(folder) / target.name
+        page.write(fresh, run, args.dtype)
+        os.replace(fresh, target)
+    return target.name
+
+
 def write_huggingface(folder: pathlib.Path, run: Run) -> None:
     """Write config.json, model.safetensors and the tokenizer as transformers saves them.
 
@@ -87,10 +115,17 @@ def write_huggingface(folder: pathlib.Path, run: Run) -> None:
         run: the run to export.
 
     Raises:
-        FormatError: GPT-2's format cannot represent the model.
+        FormatError: none of the formats can represent the model.
     """
-    config = gpt2.from_config(run.model.config, run.tokenizer.end_of_text)
-    tensors = gpt2.to_tensors(params_of(run.model), run.model.config)
+    model, tokenizer, params = run.model.config, run.tokenizer, params_of(run.model)
+    dtype = run.model.token_embedding_table.embedding.dtype
+    if model.positions == "rope":
+        config = llama.from_config(model, dtype, tokenizer.ends, tokenizer.bos)
+        tensors = llama.to_tensors(params, model)
+        _write_json(folder / GENERATION, {name: config[name] for name in ("bos_token_id", "eos_token_id")})
+    else:
+        config = gpt2.from_config(model, tokenizer.end_of_text, dtype)
+        tensors = gpt2.to_tensors(params, model)
     save_file(tensors, folder / TENSORS, {"format": "pt"})
     _write_json(folder / CONFIG, config)
     hf_tokenizer.write(folder, run.tokenizer, run.model.config.block_size)
@@ -122,18 +157,20 @@ def write_stablehlo(folder: pathlib.Path, run: Run) -> None:
     """
     write_safetensors(folder, run)
     try:
-        (folder / PROGRAM).write_bytes(program(run.model.config).serialize())
+        exported = program(run.model.config, run.model.token_embedding_table.embedding.dtype)
+        (folder / PROGRAM).write_bytes(exported.serialize())
     except ImportError as error:
         raise DownloadError(
             f"no library to export with (--format stablehlo, {error}): pip install 'jaxgpt[stablehlo]'"
         ) from None
 
 
-def program(config: GPTConfig) -> jax_export.Exported:
+def program(config: GPTConfig, dtype: Any = jnp.float32) -> jax_export.Exported:
     """Export the forward pass as a program.
 
     Args:
         config: the model.
+        dtype: of its parameters.
 
     Returns:
         A program of {name: array} and (B, T) int32 tokens, T at most block_size, that returns (B, T, V) float32 logits.
@@ -147,12 +184,12 @@ def program(config: GPTConfig) -> jax_export.Exported:
         return nnx.merge(graphdef, params)(tokens)
 
     sizes = jax_export.symbolic_shape("b, t", constraints=[f"t <= {config.block_size}"])
-    structs = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in gpt2.flat(shapes).items()}
+    structs = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in gpt2.flat(shapes).items()}
     return jax_export.export(jax.jit(logits), platforms=PLATFORMS)(structs, jax.ShapeDtypeStruct(sizes, jnp.int32))
 
 
 def arrays(model: GPT) -> dict[str, np.ndarray]:
-    """Return the float32 parameters of a model by their dotted names."""
+    """Return the parameters of a model by their dotted names."""
     return {name: np.ascontiguousarray(leaf) for name, leaf in gpt2.flat(params_of(model)).items()}
 
 

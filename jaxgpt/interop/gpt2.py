@@ -64,7 +64,7 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 
 
 class FormatError(JaxgptError, ValueError):
-    """GPT-2's format cannot represent the model."""
+    """The format of another program cannot represent the model."""
 
 
 def table(n_layer: int) -> dict[str, str]:
@@ -89,7 +89,11 @@ def flat(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_params(
-    names: Iterable[str], read: Callable[[str], np.ndarray], config: GPTConfig, transposed: bool
+    names: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    config: GPTConfig,
+    transposed: bool,
+    dtype: Any = np.float32,
 ) -> dict[str, Any]:
     """Convert GPT-2's tensors to our parameters.
 
@@ -98,25 +102,23 @@ def to_params(
         read: returns the values of a tensor by name, in any floating dtype.
         config: the model; vocabulary rows beyond its vocab_size are padding and are left out.
         transposed: whether linear weights are (out, in), as in nanoGPT.
+        dtype: of the parameters, float32 or bfloat16.
 
     Returns:
-        The nested dict of float32 NumPy arrays.
+        The nested dict of NumPy arrays.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, or has the wrong shape.
     """
     names, ours = set(names), table(config.n_layer)
-    wanted = {ours[name]: name for name in flat(shapes(config)) if name != "lm_head.bias"}
+    wanted = {ours[name] for name in flat(shapes(config)) if name != "lm_head.bias"}
     ignored = {name for name in names if MASKS.fullmatch(name)} | {"lm_head.weight"}
-    for what, found in (("missing", wanted.keys() - names), ("unexpected", names - wanted.keys() - ignored)):
-        if found:
-            shown = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
-            raise CheckpointError(f"not GPT-2's tensors ({len(found)} {what}: {shown}): import a GPT2LMHeadModel")
+    check_names(names, wanted, ignored, "GPT-2's tensors", "import a GPT2LMHeadModel")
 
     def leaf(path, struct):
         name = name_of(path)
         if name == "lm_head.bias":  # GPT-2's head has no bias
-            return np.zeros(struct.shape, np.float32)
+            return np.zeros(struct.shape, dtype)
         values, shape, third = read(ours[name]), struct.shape, name.split(".")[-2]
         if name.endswith(".kernel") and (transposed or name == "lm_head.kernel"):
             values = values.T
@@ -132,9 +134,27 @@ def to_params(
                 f"a tensor has the wrong shape ({ours[name]}, {values.shape} for {name}, not {shape}): "
                 "correct the sizes in the model's configuration"
             )
-        return np.ascontiguousarray(values, np.float32)
+        return np.ascontiguousarray(values, dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes(config))
+
+
+def check_names(names: set[str], wanted: set[str], ignored: set[str], whose: str, remedy: str) -> None:
+    """Check that the tensors are those of a model.
+
+    Args:
+        names: the existing ones.
+        wanted: those that the model needs.
+        ignored: those that may exist.
+        whose: what they should be, and `remedy`: what to do, for the message.
+
+    Raises:
+        CheckpointError: one is missing or unexpected.
+    """
+    for what, found in (("missing", wanted - names), ("unexpected", names - wanted - ignored)):
+        if found:
+            shown = ", ".join(sorted(found)[:3]) + (", ..." if len(found) > 3 else "")
+            raise CheckpointError(f"not {whose} ({len(found)} {what}: {shown}): {remedy}")
 
 
 def to_tensors(params: dict[str, Any], config: GPTConfig) -> dict[str, np.ndarray]:
@@ -157,10 +177,11 @@ def to_tensors(params: dict[str, Any], config: GPTConfig) -> dict[str, np.ndarra
             "GPT-2's head has no bias, but this model's has one (lm_head): export safetensors or stablehlo"
         )
     whole = flat(shapes(dataclasses.replace(config, bias="all")))
+    dtype = ours["token_embedding_table.embedding"].dtype
     parts: dict[str, list[np.ndarray]] = {}
     for name, theirs in table(config.n_layer).items():
         if name in whole:
-            values = ours.get(name, np.zeros(whole[name].shape, np.float32))
+            values = ours.get(name, np.zeros(whole[name].shape, dtype))
             values = values.T if name == "lm_head.kernel" else values
             theirs = theirs if theirs == "lm_head.weight" else f"transformer.{theirs}"
             parts.setdefault(theirs, []).append(values)
@@ -241,12 +262,13 @@ def to_config(stored: dict[str, Any], vocab_size: int) -> GPTConfig:
         raise CheckpointError(f"inconsistent sizes (config.json, {error}): restore the file") from None
 
 
-def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
+def from_config(config: GPTConfig, end_of_text: int | None, dtype: Any = np.float32) -> dict[str, Any]:
     """Convert a model configuration to the content of Hugging Face's config.json.
 
     Args:
         config: the model.
         end_of_text: id of the end-of-text token, None if the tokenizer has none.
+        dtype: of the tensors.
 
     Raises:
         FormatError: GPT-2's format cannot represent the model.
@@ -270,7 +292,7 @@ def from_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
         "tie_word_embeddings": config.lm_head == "tied",
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
-        "torch_dtype": "float32",
+        "torch_dtype": np.dtype(dtype).name,
     }
 
 

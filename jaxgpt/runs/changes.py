@@ -48,10 +48,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def model_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the model settings that changed and that trained weights fix; see `differences`."""
-    free = {f"model.{name}" for name in FREE}
+    """List the settings of the model and of its adapters that changed and that trained weights fix.
+
+    See `differences`.
+    """
+    free, fixed = {f"model.{name}" for name in FREE}, ("model.", "lora.")
     found = changes(before, now)
-    return _described({name: pair for name, pair in found.items() if name.startswith("model.") and name not in free})
+    return _described({name: pair for name, pair in found.items() if name.startswith(fixed) and name not in free})
 
 
 def _described(changed: dict[str, list]) -> list[str]:

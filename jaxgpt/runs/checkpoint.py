@@ -22,6 +22,7 @@ from jaxgpt.runs.manifest import MANIFEST
 
 A = TypeVar("A")
 ARRAYS = "state"
+FILES, FILE_BYTES = 64, 8 << 20  # tensorstore keeps each file in memory until it is whole, by default up to 2 GB
 
 
 class CheckpointWarning(JaxgptWarning):
@@ -193,7 +194,7 @@ class Checkpoints:
             StorageError: there is too little space.
         """
         saved, free = len(self.steps()), storage.free(self.directory)
-        size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+        size = _bytes(shapes)
         more = min(saves, self.keep + 1 - saved)  # the newest is written before the oldest is removed
         if free is not None and more * size > free:
             raise storage.StorageError(
@@ -220,7 +221,9 @@ class Checkpoints:
         with storage.failures(self.directory):
             if jax.process_index() == 0:
                 self._remove(step)  # left behind by a save that was killed
-            self._orbax.save(self._arrays / str(step) / ARRAYS, args=ocp.args.PyTreeSave(state), force=True)
+            file_bytes = max(FILE_BYTES, _bytes(state) // FILES)
+            request = ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=file_bytes)
+            self._orbax.save(self._arrays / str(step) / ARRAYS, args=request, force=True)
         facts = {"step": step, **facts, "arrays": _signature(state)}
         self._unfinished = self._background.submit(self._finish, step, facts)
 
@@ -321,6 +324,11 @@ class Checkpoints:
         target = next(path for path in (self.directory / name for name in names) if not path.exists())
         folder.rename(target)
         _warn(f"checkpoint {step} is damaged ({folder}, {damage}): set aside as {target.name}")
+
+
+def _bytes(tree: Any) -> int:
+    """The size of all arrays."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _split(facts: dict[str, Any]) -> tuple:

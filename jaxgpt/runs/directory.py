@@ -17,9 +17,9 @@ from jaxgpt.config import CONFIG, TOKENIZER, Config
 from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError, JaxgptError
 from jaxgpt.files import storage
-from jaxgpt.runs import changes
+from jaxgpt.runs import base, changes
 from jaxgpt.runs.checkpoint import Checkpoints, CheckpointWarning
-from jaxgpt.runs.loading import CHECKPOINTS, check_files, files_of, read_files, read_state, sha256
+from jaxgpt.runs.loading import CHECKPOINTS, check_files, files_of, read_files, read_state, tokenizer_hashes
 from jaxgpt.step import TrainState
 from jaxgpt.tokenizer import Tokenizer
 
@@ -146,11 +146,13 @@ class RunDirectory:
         """The entries of a manifest that identify the run."""
         identity = {
             "corpus_sha256": self._corpus_sha256,
-            "tokenizer_sha256": sha256(self.folder / TOKENIZER),
+            **tokenizer_hashes(self.folder),
             "circumstances": circumstances(),
         }
         if self._corpus_sha256 is not None:  # imported weights may be trained with any configuration
             identity["config"] = configs.flat(self.config)
+        if self.config.lora.rank:
+            identity["base"] = base.identity(self.config.run.dir)
         return identity
 
     def _step_to_continue_from(self) -> int | None:

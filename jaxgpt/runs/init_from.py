@@ -15,6 +15,7 @@ from jaxgpt.devices import processes
 from jaxgpt.errors import CheckpointError
 from jaxgpt.init import state_of
 from jaxgpt.model import GPTConfig
+from jaxgpt.runs import base
 from jaxgpt.runs.changes import FREE
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files, read_weights
@@ -34,12 +35,19 @@ def check(config: Config, tokenizer: Tokenizer) -> GPTConfig | None:
 
     Raises:
         CheckpointError: `run.init_from` is not a run directory, or is damaged.
-        ConfigError: the other run has a different model or tokenizer.
+        ConfigError: the other run has a different model or tokenizer, or LoRA has no run to adapt.
     """
-    start = config.run.init_from
+    start, rank = config.run.init_from, config.lora.rank
+    if rank and not start:
+        raise ConfigError(f"no weights to adapt (--lora.rank, {rank}): name the run that has them, --run.init_from RUN")
     if not start:
         return None
     their_config, their_tokenizer = read_files(files_of(start), start, "--run.init_from")
+    if rank and their_config.lora.rank:
+        raise ConfigError(
+            f"the weights to adapt are themselves adapted (--run.init_from, {start}): continue that run with "
+            f"--run.resume changed, or merge it: jaxgpt export --run {start} --to DIR, then jaxgpt import --from DIR"
+        )
     ours, theirs = (dataclasses.asdict(model) for model in (config.model, their_config.model))
     if not tokenizers.same(tokenizer, their_tokenizer):
         raise ConfigError(
@@ -91,5 +99,26 @@ def initial_state(
             restored = checkpoints.read_best(read)
     if restored is None:
         raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")
-    params = jax.tree.map(lambda p, a: p if p.shape == a.shape else p[: a.shape[0]], restored, shapes.params)
+    params = jax.tree.map(
+        lambda p, a: (p if p.shape == a.shape else p[: a.shape[0]]).astype(a.dtype), restored, shapes.params
+    )
     return state_of(params, tx)
+
+
+def keep_base(config: Config) -> None:
+    """Take the best weights of the other run into the directory of a LoRA run, which then does not need it any more.
+
+    Args:
+        config: as given to `check`.
+
+    Raises:
+        CheckpointError: the other run has no checkpoint, or its checkpoints are damaged.
+        StorageError: the run directory cannot be written.
+    """
+
+    def keep() -> bool | None:
+        with Checkpoints(f"{config.run.init_from}/{CHECKPOINTS}") as checkpoints:
+            return checkpoints.read_best(lambda step: base.keep(checkpoints.directory / str(step), config.run.dir))
+
+    if processes.from_first(keep) is None:
+        raise CheckpointError(f"no checkpoint (--run.init_from, {config.run.init_from}): wait for its first one")

@@ -14,28 +14,32 @@ import jax.numpy as jnp
 import optax
 from etils import epath
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxgpt import config as configs
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import CONFIG, TOKENIZER, Config
 from jaxgpt.errors import ArgumentError, CheckpointError, shortened
-from jaxgpt.files import storage
+from jaxgpt.files import storage, tokenizer_settings
 from jaxgpt.init import abstract, state_of
+from jaxgpt.layers import LoRAConfig, merged
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import OptimConfig, optimizer
-from jaxgpt.runs import changes
+from jaxgpt.runs import base, changes
 from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.step import TrainState, params_of
+from jaxgpt.step import TrainState, params_of, trained_of
 from jaxgpt.tokenizer import Tokenizer
 
 CHECKPOINTS = "checkpoints"
+TOKENIZER_FILES = {"tokenizer_sha256": TOKENIZER, "tokenizer_config_sha256": tokenizer_settings.FILE}
 Step = int | Literal["last"] | None
 """Which checkpoint to load: the one of a step, the last one, or the one with the lowest validation loss."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A loaded run; `model` has the float32 parameters of `step`, or their average (`optim.ema_decay`)."""
+    """A loaded run; `model` has the parameters of `step`, or their average (`optim.ema_decay`): float32, or bfloat16 if
+    they were imported so."""
 
     dir: pathlib.Path
     """Local folder of its small files."""
@@ -100,7 +104,7 @@ def load(run_dir: str | os.PathLike, step: Step = None) -> Run:
     def read(step: int) -> Run:
         facts = checkpoints.manifest(step)
         check_files(folder, config, facts)
-        params = read_weights(checkpoints, step, shapes)
+        params = read_weights(checkpoints, step, as_kept(checkpoints, step, shapes))
         return Run(folder, config, tokenizer, model_of(config.model, params), step, facts["corpus_sha256"])
 
     with Checkpoints(f"{run_dir}/{CHECKPOINTS}") as checkpoints:
@@ -111,23 +115,99 @@ def load(run_dir: str | os.PathLike, step: Step = None) -> Run:
 
 
 def read_weights(checkpoints: Checkpoints, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
-    """Read the weights that a run is used with: their average if the run keeps one, and nothing else.
+    """Read the weights that a run is used with: their average if the run keeps one, with adapters merged into them.
+
+    Args:
+        checkpoints: the run's.
+        step: a valid step.
+        shapes: shapes, dtypes and shardings of the parameters; with adapters, the dtypes are those of the base.
+
+    Raises:
+        CheckpointError: the step does not exist, is damaged, or holds different arrays; or the base is not usable.
+    """
+    facts = checkpoints.manifest(step)
+    if "base" not in facts:
+        return _read_trained(checkpoints, step, shapes)
+    place = jax.tree.leaves(shapes)[0].sharding
+    if isinstance(place, NamedSharding):
+        place = NamedSharding(place.mesh, PartitionSpec())
+    lora, adapters = read_adapters(checkpoints, step, place)
+    return merged(read_base(checkpoints.directory.parent, facts["base"], shapes), adapters, lora)
+
+
+def read_adapters(
+    checkpoints: Checkpoints, step: int, place: jax.sharding.Sharding
+) -> tuple[LoRAConfig, dict[str, Any]]:
+    """Read the adapters of a LoRA run, or their average if the run keeps one.
+
+    Args:
+        checkpoints: the run's.
+        step: a valid step.
+        place: where the arrays are to be.
+
+    Returns:
+        The settings of LoRA, and a nested dict of float32 arrays.
+
+    Raises:
+        CheckpointError: the step does not exist, is damaged, or holds different arrays.
+    """
+    settings = checkpoints.manifest(step)["config"]
+    model, lora = _section(GPTConfig, "model.", settings), _section(LoRAConfig, "lora.", settings)
+    shapes = trained_of(abstract(model, lora))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes)
+    return lora, _read_trained(checkpoints, step, shapes)
+
+
+def read_base(run_dir: str | os.PathLike, named: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """Read the frozen weights of a LoRA run, in the dtypes in which its base has them.
+
+    Args:
+        run_dir: the run directory.
+        named: the base by its hash, from a manifest or `base.identity`.
+        shapes: shapes and shardings of the parameters. A longer position table is cut to the first rows.
+
+    Raises:
+        CheckpointError: the base is missing, damaged, another one, or of another model.
+    """
+    with Checkpoints(f"{run_dir}/{base.BASE}") as checkpoints:
+        base.verify(checkpoints, named)
+        kept = as_kept(checkpoints, named["step"], shapes)
+        frozen = _read_trained(checkpoints, named["step"], base.uncut(checkpoints, named["step"], kept))
+    return jax.tree.map(lambda p, like: p if p.shape == like.shape else p[: like.shape[0]], frozen, shapes)
+
+
+def _read_trained(checkpoints: Checkpoints, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The parameters that a step has, or their average if the run keeps one."""
+    settings = checkpoints.manifest(step).get("config", {})  # imported weights have none
+    if not settings.get("optim.ema_decay"):
+        params = checkpoints.restore(step, {"params": as_kept(checkpoints, step, shapes)})["params"]
+        return jax.tree.map(lambda p, like: p.astype(like.dtype), params, shapes)
+    config = _section(OptimConfig, "optim.", settings)
+    unread = jax.tree.map(lambda _: None, jax.eval_shape(optimizer(config).init, shapes))
+    restored = checkpoints.restore(step, {"opt_state": optax.tree.set(unread, average=shapes)})
+    return optax.tree.get(restored["opt_state"], "average")
+
+
+def as_kept(checkpoints: Checkpoints, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the shapes with the dtypes that the parameters of a checkpoint have: bfloat16, if they were imported so.
 
     Args:
         checkpoints: the run's.
         step: a valid step.
         shapes: shapes, dtypes and shardings of the parameters.
-
-    Raises:
-        CheckpointError: the step does not exist, is damaged, or holds different arrays.
     """
-    settings = checkpoints.manifest(step).get("config", {})  # imported weights have none
-    if not settings.get("optim.ema_decay"):
-        return checkpoints.restore(step, {"params": shapes})["params"]
-    config = OptimConfig(**{name[6:]: value for name, value in settings.items() if name.startswith("optim.")})
-    unread = jax.tree.map(lambda _: None, jax.eval_shape(optimizer(config).init, shapes))
-    restored = checkpoints.restore(step, {"opt_state": optax.tree.set(unread, average=shapes)})
-    return optax.tree.get(restored["opt_state"], "average")
+    stored = checkpoints.manifest(step)["arrays"]
+
+    def kept(path, like):
+        name = "['params']" + jax.tree_util.keystr(path)
+        dtype = jnp.bfloat16 if stored.get(name, "").startswith("bfloat16[") else like.dtype
+        return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+
+    return jax.tree_util.tree_map_with_path(kept, shapes)
+
+
+def _section(cls: type, prefix: str, settings: dict[str, Any]) -> Any:
+    return cls(**{name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)})
 
 
 def read_state(checkpoints: Checkpoints, step: int, shapes: TrainState, tx: optax.GradientTransformation) -> TrainState:
@@ -143,7 +223,7 @@ def read_state(checkpoints: Checkpoints, step: int, shapes: TrainState, tx: opta
         CheckpointError: the step does not exist, is damaged, or holds different arrays.
     """
     if checkpoints.manifest(step)["corpus_sha256"] is None:
-        return state_of(checkpoints.restore(step, {"params": shapes.params})["params"], tx)
+        return state_of(_read_trained(checkpoints, step, shapes.params), tx)
     return TrainState(**checkpoints.restore(step, vars(shapes)))
 
 
@@ -188,9 +268,10 @@ def check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> 
     """
     now = configs.flat(config)
     wrong = changes.model_differences(facts.get("config", now), now)
-    found = sha256(folder / TOKENIZER)
-    if found != facts.get("tokenizer_sha256", found):
-        wrong.append(f"{TOKENIZER} (sha256 was {facts['tokenizer_sha256']}, now {found})")
+    then = tokenizer_hashes(folder) | {name: facts[name] for name in TOKENIZER_FILES if name in facts}
+    for name, found in tokenizer_hashes(folder).items():
+        if found != then[name]:
+            wrong.append(f"{TOKENIZER_FILES[name]} (sha256 was {then[name]}, now {found})")
     if wrong:
         raise CheckpointError(
             f"the run directory was changed since checkpoint {facts['step']} ({folder}; {', '.join(wrong)}): "
@@ -198,6 +279,9 @@ def check_files(folder: pathlib.Path, config: Config, facts: dict[str, Any]) -> 
         )
 
 
-def sha256(path: pathlib.Path) -> str:
-    """Return the hex digest of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def tokenizer_hashes(folder: pathlib.Path) -> dict[str, str | None]:
+    """Return the hex digests of the files of a run's tokenizer, by the manifest's names; None if there is no file."""
+    paths = {name: folder / file for name, file in TOKENIZER_FILES.items()}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None for name, path in paths.items()
+    }

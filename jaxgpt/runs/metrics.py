@@ -13,10 +13,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn
-
 from jaxgpt.errors import JaxgptWarning, printable
-from jaxgpt.files.screen import Screen
+from jaxgpt.files.screen import Bar, Screen, clock
 from jaxgpt.gpt_config import GPTConfig
 
 LINE = 1 << 20  # bytes that no record reaches
@@ -24,7 +22,7 @@ Record = dict[str, Any]
 Sink = Callable[[Record], None]
 
 
-def flops_per_token(model: GPTConfig, parameters: int) -> int:
+def flops_per_token(model: GPTConfig, parameters: int, frozen: int = 0) -> int:
     """Count the floating point operations of training on one token, forward and backward.
 
     Tables that are only looked up do not count, and with a sliding window, neither do the keys outside it.
@@ -32,6 +30,7 @@ def flops_per_token(model: GPTConfig, parameters: int) -> int:
     Args:
         model: sizes and switches.
         parameters: number of parameters.
+        frozen: number of those that are not trained, which need no gradient of their own.
 
     Returns:
         FLOPs per token.
@@ -39,7 +38,7 @@ def flops_per_token(model: GPTConfig, parameters: int) -> int:
     Source: Chowdhery et al. 2022, "PaLM", appendix B.
     """
     attention = model.n_layer * model.n_head * model.channels_per_head * model.span
-    return 6 * (parameters - model.looked_up) + 12 * attention
+    return 6 * (parameters - model.looked_up) - 2 * max(frozen - model.looked_up, 0) + 12 * attention
 
 
 class MetricsWarning(JaxgptWarning):
@@ -99,18 +98,14 @@ class Console:
         self._steps = steps
         self._tokens_per_step = 0
         self._console = Screen(sys.stdout)
-        count, say = TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"), TextColumn("{task.fields[say]}")
-        bar = Progress(count, BarColumn(), say, console=self._console, transient=True)
-        self._bar = bar if self._console.is_terminal else None
-        self._task = None
+        self._bar = Bar(self._console)
 
     def __call__(self, record: Record) -> None:
         getattr(self, "_" + record["kind"])(record)
 
     def close(self) -> None:
         """Remove the progress bar."""
-        if self._task is not None:
-            self._bar.stop()
+        self._bar.close()
 
     def _start(self, r: Record) -> None:
         rows, block_size = r["batch"]
@@ -127,7 +122,8 @@ class Console:
         self._console.print(
             f"devices  {devices} ({versions})\n"
             f"mesh     {mesh}\n"
-            f"model    {r['parameters']:,} parameters, computed in {r['dtype']}\n"
+            f"model    {r['parameters']:,} parameters, computed in {r['dtype']}"
+            + (f"; {r['adapters']:,} of them are adapters and trained" if "adapters" in r else "") + "\n"
             f"corpus   {r['corpus']}: {corpus}\n"
             f"step     {rows} windows x {block_size} = {self._tokens_per_step:,} tokens, {r['steps']:,} steps\n"
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
@@ -141,18 +137,21 @@ class Console:
 
     def _eval(self, r: Record) -> None:
         self._console.print(f"{self._at(r)}  train loss {r['train_loss']:.4f}  val loss {r['val_loss']:.4f}")
+        if r["step"] >= self._steps:
+            self._bar.close()  # the evaluation of the whole split, which follows, has a bar of its own
 
     def _train(self, r: Record) -> None:
         speed = r["tokens_per_second"]
-        left = _clock((self._steps - r["step"]) * self._tokens_per_step / speed)
+        left = clock((self._steps - r["step"]) * self._tokens_per_step / speed)
         mfu = f"  MFU {r['mfu']:.0%}" if r["mfu"] else ""
         say = f"loss {r['loss']:.4f}  {speed:>9,.0f} tokens/s{mfu}  {left} left"
-        if self._bar is None:
-            self._console.print(f"{self._at(r)}  {say}")
+        if self._bar.shown:
+            self._bar.show(f"step {r['step']:,}/{self._steps:,}", r["step"], self._steps, say)
         else:
-            self._show(r["step"], say)
+            self._console.print(f"{self._at(r)}  {say}")
 
     def _early_stop(self, r: Record) -> None:
+        self._bar.close()
         self._console.print(
             f"stopped  no lower validation loss in {r['waited']} evaluations (--train.patience): "
             f"step {r['best_step']:,} is kept, with {r['best_loss']:.4f}"
@@ -161,7 +160,7 @@ class Console:
     def _final(self, r: Record) -> None:
         folder = r["run_dir"]
         self._console.print(
-            f"done     validation loss {r['val_loss']:.4f} over the whole split, {_clock(r['elapsed_s'])} in all\n"
+            f"done     validation loss {r['val_loss']:.4f} over the whole split, {clock(r['elapsed_s'])} in all\n"
             f"files    {folder}: loss.png, {'samples.txt, ' if r['sample'] else ''}metrics.jsonl, checkpoints/\n"
             + (f"sample   {'-' * 60}\n{printable(r['sample'])}\n         {'-' * 60}\n" if r["sample"] else "")
             + f"more     jaxgpt sample --run {folder}"
@@ -175,14 +174,3 @@ class Console:
 
     def _at(self, r: Record) -> str:
         return f"step {r['step']:>{len(f'{self._steps:,}')},}/{self._steps:,}"
-
-    def _show(self, step: int, say: str) -> None:
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._steps, say=say)
-        self._bar.update(self._task, completed=step, say=say)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"

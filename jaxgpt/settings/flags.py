@@ -103,7 +103,7 @@ def _build(cls: type, values: dict[str, str], where: str, prefix: str) -> Any:
         if dataclasses.is_dataclass(field.type):
             arguments[field.name] = _build(field.type, values, where, f"{name}.")
         elif name in values:
-            arguments[field.name] = _convert(values[name], field.type, name, where)
+            arguments[field.name] = convert(values[name], field.type, name, where)
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"a flag is missing ({where}, --{name}): write --{name} VALUE")
     try:
@@ -114,8 +114,12 @@ def _build(cls: type, values: dict[str, str], where: str, prefix: str) -> Any:
         raise ConfigError(f"{what} ({where}{section}): {remedy}") from None
 
 
-def _convert(text: str, kind: Any, name: str, where: str) -> Any:
-    """The value that a text means for a field of this type."""
+def convert(text: str, kind: Any, name: str, where: str) -> Any:
+    """Return the value that a text means for a field of this type.
+
+    Raises:
+        ConfigError: the text is not of that type.
+    """
     if _is_tuple(kind):
         return text
     options = typing.get_args(kind)

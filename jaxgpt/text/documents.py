@@ -7,15 +7,13 @@ can only be read from its beginning, so its pieces carry their bytes.
 import contextlib
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from jaxgpt.data import DataError
-from jaxgpt.errors import shortened
 from jaxgpt.files.byte_level import SAFE_CUT
-from jaxgpt.text import inputs, places
+from jaxgpt.text import inputs, places, records
 from jaxgpt.text.inputs import File
 
 PIECE_BYTES = 1 << 20
@@ -55,7 +53,7 @@ def pieces(files: Iterable[File]) -> Iterator[Piece]:
     """
     for file in files:
         if inputs.kind(file.path) == inputs.PARQUET:
-            with places.reading(file.path, inputs.FLAG), _parquet(file) as opened:
+            with places.reading(file.path, inputs.FLAG), records.open_parquet(file) as opened:
                 n = opened.num_row_groups
             yield from (Piece(file, i, i + 1, file.size * (i + 1) // n - file.size * i // n) for i in range(n))
         elif inputs.is_packed(file.path):
@@ -66,13 +64,38 @@ def pieces(files: Iterable[File]) -> Iterator[Piece]:
                 yield Piece(file, begin, end, end - begin)
 
 
-def read(piece: Piece, field: str, line_ends: bool = False) -> list[tuple[str, bool]]:
+def are_dialogues(files: Iterable[File], field: str) -> bool:
+    """Whether the first record of the input holds messages instead of a text.
+
+    Args:
+        files: the input.
+        field: as in `read`; the messages of a dialogue are in the field `messages`.
+
+    Raises:
+        DataError: the file of the first record cannot be read.
+    """
+    file = next((file for file in files if inputs.kind(file.path) in (inputs.JSONL, inputs.PARQUET)), None)
+    if file is None or field not in ("text", records.MESSAGES):
+        return False
+    with places.reading(file.path, inputs.FLAG):
+        if inputs.kind(file.path) == inputs.PARQUET:
+            record = records.example(file)
+        else:
+            with _opened(file.path) as (_, lines):
+                record = records.parse(next((line for line in lines if not line.isspace()), b""))
+    if records.MESSAGES not in record:
+        return False
+    return field not in record or (field == records.MESSAGES and not isinstance(record[field], str))
+
+
+def read(piece: Piece, field: str, line_ends: bool = False, dialogues: bool = False) -> list[tuple[str, bool]]:
     """Read the texts of a piece.
 
     Args:
         piece: one of `pieces`.
         field: JSONL field or parquet column that holds the text.
         line_ends: whether a line break is added to each document that does not end in one, unless it is empty.
+        dialogues: whether the field holds the messages of a dialogue, whose text is JSON of them.
 
     Returns:
         Each text, and whether a document ends with it.
@@ -84,12 +107,27 @@ def read(piece: Piece, field: str, line_ends: bool = False) -> list[tuple[str, b
     kind = inputs.kind(path)
     with places.reading(path, inputs.FLAG):
         if kind == inputs.PARQUET:
-            texts = _read_parquet(piece, field)
+            texts = records.read_row_group(piece.file, piece.begin, field, dialogues)
         elif kind == inputs.JSONL:
-            texts = _read_jsonl(path, piece.block or _lines(piece), field)
+            texts = _read_jsonl(path, piece.block or _lines(piece), field, dialogues)
         else:
             return [_read_text(path, piece.block or _text(piece), line_ends)]
     return [(text + "\n" if line_ends and text and text[-1] != "\n" else text, True) for text in texts]
+
+
+def place(piece: Piece, i: int) -> str:
+    """Name the file and the line or row of a text, for an error message.
+
+    Args:
+        piece: a piece of JSONL or parquet.
+        i: index of the text in what `read` returns.
+    """
+    path = piece.file.path
+    if inputs.kind(path) == inputs.PARQUET:
+        return records.row(piece.file, piece.begin, i)
+    block = piece.block or _lines(piece)
+    starts = [at for at, line in _located(block) if not line.isspace()]
+    return f"{path}, line {_number(path, starts[i])}"
 
 
 def _unpacked(file: File) -> Iterator[Piece]:
@@ -204,82 +242,37 @@ def _blocks_of_lines(stream: BinaryIO) -> Iterator[Block]:
     yield Block(b"".join(found), offset, 0, at - offset, True)
 
 
-def _read_jsonl(path: str, block: Block, field: str) -> list[str]:
-    """Read the texts of lines; blank lines are skipped."""
-    texts, at = [], block.offset
+def _located(block: Block) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a block, and where each begins in the file."""
+    at = block.offset
     for line in io.BytesIO(block.data):
-        if not line.isspace():
-            texts.append(_text_of(line, field, path, at))
+        yield at, line
         at += len(line)
-    return texts
 
 
-def _text_of(line: bytes, field: str, path: str, offset: int) -> str:
-    try:
-        record = json.loads(line)
-        has_text = isinstance(record, dict) and field in record
-        wrong = _wrong(record[field]) if has_text else f"no field {shortened(repr(field))}"
-    except (ValueError, RecursionError) as error:
-        wrong = f"not JSON: {_line(error)}"
+def _read_jsonl(path: str, block: Block, field: str, dialogues: bool) -> list[str]:
+    """Read the texts of lines; blank lines are skipped."""
+    return [_text_of(line, field, dialogues, path, at) for at, line in _located(block) if not line.isspace()]
+
+
+def _text_of(line: bytes, field: str, dialogues: bool, path: str, offset: int) -> str:
+    text, wrong = records.text_in(line, field, dialogues)
     if wrong:
-        with _opened(path) as (_, file):
-            number = 1 + sum(block.count(b"\n") for block in _blocks(file, offset))
-        raise DataError(f"a line without text ({path}, line {number}, {wrong}): repair it, or see --text_field")
-    return record[field]
+        where = f"{path}, line {_number(path, offset)}, {wrong}"
+        raise DataError(f"a line without text ({where}): repair it, or see --text_field")
+    return text
 
 
-def _wrong(text) -> str | None:
-    """Why a value is not a text; None if it is one."""
-    if not isinstance(text, str):
-        return f"not a string but {type(text).__name__}"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"half of a surrogate pair at character {error.start}"
-    return None
+def _number(path: str, offset: int) -> int:
+    """The number of the line that begins at an offset."""
+    with _opened(path) as (_, file):
+        return 1 + sum(block.count(b"\n") for block in _blocks(file, offset))
 
 
 def _blocks(file, size: int) -> Iterator[bytes]:
     while size and (block := file.read(min(size, PIECE_BYTES))):
         size -= len(block)
         yield block
-
-
-def _parquet(file: File):
-    """Open a file with pyarrow, which is an optional dependency: plain text does not need it."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"parquet needs pyarrow ({file.path}, {error}): pip install 'jaxgpt[parquet]'") from None
-    opened = places.locate(file.path, inputs.FLAG).open("rb")
-    try:
-        return pyarrow.parquet.ParquetFile(opened)
-    except pyarrow.ArrowException as error:
-        opened.close()
-        raise DataError(f"not parquet ({file.path}, {_line(error)}): leave it out") from None
-
-
-def _read_parquet(piece: Piece, field: str) -> list[str]:
-    path = piece.file.path
-    with _parquet(piece.file) as file:
-        if field not in (names := file.schema_arrow.names):
-            has = shortened(", ".join(names), 200)
-            raise DataError(f"no column {shortened(repr(field))} ({path}, it has {has}): name one with --text_field")
-        try:
-            texts = file.read_row_group(piece.begin, columns=[field])[field].to_pylist()
-        except Exception as error:  # damaged pages: pyarrow raises several kinds
-            where = f"{path}, row group {piece.begin}, {_line(error)}"
-            raise DataError(f"damaged parquet ({where}): fetch it again") from None
-    for i, text in enumerate(texts):
-        if wrong := _wrong(text):
-            where = f"{path}, row {i} of row group {piece.begin}, {wrong}"
-            raise DataError(f"a row without text ({where}): repair it, or see --text_field")
-    return texts
-
-
-def _line(error: Exception) -> str:
-    return shortened(" ".join(str(error).split()), 200)
 
 
 def _shorter(path: str, found: int, size: int) -> DataError:

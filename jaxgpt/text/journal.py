@@ -13,13 +13,13 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import Any
-
-from rich.progress import Progress
 
 from jaxgpt.errors import JaxgptError, shortened
 from jaxgpt.files import lock
+from jaxgpt.files.screen import Lenient, progress
 from jaxgpt.text import documents, encoding
 from jaxgpt.text.inputs import File
 from jaxgpt.text.token_folder import DATASET, TOKENIZER
@@ -43,7 +43,6 @@ class Job:
     """Everything that determines the result."""
     out: pathlib.Path
     workers: int
-    progress: Progress
 
     @property
     def size(self) -> int:
@@ -55,17 +54,15 @@ class Job:
         """The number of processes: no more than pieces, as starting one takes seconds."""
         return min(self.workers, max(1, self.size // documents.PIECE_BYTES))
 
-    @contextlib.contextmanager
-    def bar(self, title: str, total: float | None = None, done: int = 0) -> Iterator[Callable[[float], None]]:
-        """Show a progress bar over `total` bytes, or over all files; yields the function that advances it."""
-        task = self.progress.add_task(title, total=self.size if total is None else total, completed=done)
-        with self.progress:
-            yield functools.partial(self.progress.advance, task)
-        self.progress.remove_task(task)
+    def bar(
+        self, title: str, total: float | None = None, done: int = 0
+    ) -> contextlib.AbstractContextManager[Callable[[float], None]]:
+        """Show the progress over `total` bytes, or over all files; yields the function that advances it."""
+        return progress(title, self.size if total is None else total, "B", sys.stderr, done)
 
     def say(self, message: str) -> None:
         """Print a message on the screen."""
-        self.progress.console.print(message)
+        print(message, file=Lenient(sys.stderr), flush=True)
 
 
 def finished(job: Job) -> dict[str, Any] | None:
@@ -133,10 +130,9 @@ def chained(chain: str | None, link: str) -> str | None:
 
 def _same_text(job: Job, before: dict[str, Any], n: int | None) -> bool:
     """Whether the first `n` pieces of the input, or all, are those that the journal or dataset.json tells of."""
-    line_ends = job.request["line_ends"]
-    if before.get("texts") is None or before["request"].get("line_ends") != line_ends:
+    if before.get("texts") is None or before["request"].get("line_ends") != job.request["line_ends"]:
         return False
-    chain, digest = "", functools.partial(encoding.digest, job.request["text_field"], line_ends)
+    chain, digest = "", functools.partial(encoding.digest, encoding.Reading.of(job.request))
     with job.bar("compare") as advance:
         for piece, link in in_order(digest, itertools.islice(documents.pieces(job.files), n), job.processes):
             chain = chained(chain, link)
@@ -167,6 +163,7 @@ def _read(path: pathlib.Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         names = {"pieces", "tokens", "documents"} if path.name == JOURNAL else {"tokens", "documents", "vocab_size"}
         sizes = [file["size"] for file in found["request"]["inputs"]]
+        names |= {"counted"} & found.keys()  # only of dialogues
         if all(isinstance(number, int) for number in [*sizes, *(found[name] for name in names)]):
             return found
     except FileNotFoundError:

@@ -6,17 +6,16 @@ A journal records how much of the arrays is safely on the disk, and an interrupt
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataError
@@ -24,14 +23,13 @@ from jaxgpt.devices import cores
 from jaxgpt.devices.stopping import Stopped, stop_requests
 from jaxgpt.errors import shortened
 from jaxgpt.files import lock, storage
-from jaxgpt.files.screen import Screen
 from jaxgpt.settings.checks import Path, check_fields
-from jaxgpt.text import documents, inputs, journal
-from jaxgpt.text.encoding import characters, encode
+from jaxgpt.text import documents, inputs, journal, records
+from jaxgpt.text.encoding import Reading, characters, encode
 from jaxgpt.text.inputs import File
 from jaxgpt.text.journal import JOURNAL, Job, PrepareError
 from jaxgpt.text.npy import GrowingArray
-from jaxgpt.text.token_folder import DATASET, ENDS, FORMAT, TOKENIZER, TOKENS
+from jaxgpt.text.token_folder import DATASET, ENDS, FORMAT, MASK, MASKED, SETTINGS, TOKENIZER, TOKENS
 from jaxgpt.text.verified import sha256_of
 from jaxgpt.text.workers import in_order
 from jaxgpt.tokenizer import BPETokenizer, CharTokenizer, TokenizerError
@@ -49,12 +47,14 @@ class PrepareArgs:
 
     input: Path
     """Files or folders, separated by commas. Each row of .jsonl and .parquet is a document, and every other file is
-    one; .gz is unpacked. A folder gives its .txt, .md, .jsonl, .parquet, .txt.gz and .jsonl.gz files."""
+    one; .gz is unpacked. A folder gives its .txt, .md, .jsonl, .parquet, .txt.gz and .jsonl.gz files. Rows with
+    messages (a list of objects with role and content) are dialogues, of which training learns the answers only."""
     out: Path
     """Folder to create; after an interruption the same command continues in it."""
     tokenizer: Path = "gpt2"
     """gpt2, char, a tokenizer.json, or bpe: trained on the input, or on a sample spread over it if it is large. With
-    char, each document ends in a line break, which is added where there is none; a text file alone stays as it is."""
+    char, each document ends in a line break, which is added where there is none; a text file alone stays as it is.
+    Dialogues need the tokenizer.json of a run that has a chat template."""
     vocab_size: int | None = None
     """Number of ids of the tokenizer that bpe trains."""
     text_field: str = "text"
@@ -82,7 +82,7 @@ def prepare(args: PrepareArgs) -> dict[str, Any]:
     """
     _check(args)
     files = inputs.list_files(args.input)
-    job = Job(args.input, files, _request(args, files), pathlib.Path(args.out), args.workers, _progress())
+    job = Job(args.input, files, _request(args, files), pathlib.Path(args.out), args.workers)
     if (facts := _finished(job)) is not None:
         return facts
     with lock.hold_lock(job.out, "wait until it is done, or name another --out"), storage.failures(job.out):
@@ -111,6 +111,7 @@ def _prepare(job: Job, args: PrepareArgs) -> dict[str, Any]:
     done = journal.begun(job, same_tokenizer)
     _write_json(job.out / JOURNAL, done)
     if not (job.out / TOKENIZER).exists():
+        (job.out / SETTINGS).unlink(missing_ok=True)  # of another tokenizer, with which a call began
         storage.replace(make_tokenizer(), job.out / TOKENIZER)
     facts = _tokenise(job, done)
     for name in (JOURNAL, FRESH_TOKENIZER):
@@ -136,11 +137,12 @@ def _check(args: PrepareArgs) -> None:
 
 def _request(args: PrepareArgs, files: list[File]) -> dict[str, Any]:
     """Everything that determines the result."""
-    given, alphabet = args.tokenizer, "\n" if args.tokenizer == "char" else ""
+    given, alphabet, loaded = args.tokenizer, "\n" if args.tokenizer == "char" else "", None
     if given not in KNOWN:
         given = f"sha256 {sha256_of(pathlib.Path(args.tokenizer))}"
-        alphabet = getattr(tokenizers.load(args.tokenizer), "alphabet", "")
-    return {
+        loaded = tokenizers.load(args.tokenizer)
+        alphabet = getattr(loaded, "alphabet", "")
+    request = {
         "tokenizer": given,
         "vocab_size": args.vocab_size,
         "text_field": args.text_field,
@@ -148,6 +150,25 @@ def _request(args: PrepareArgs, files: list[File]) -> dict[str, Any]:
         "piece_bytes": documents.PIECE_BYTES,
         "inputs": [file._asdict() for file in files],
     }
+    if settings := getattr(loaded, "settings", None):
+        request["tokenizer_config"] = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if documents.are_dialogues(files, args.text_field):
+        _check_dialogues(args, files, loaded)
+        request |= {"text_field": records.MESSAGES, "line_ends": False, "dialogues": True}
+    return request
+
+
+def _check_dialogues(args: PrepareArgs, files: list[File], tokenizer: tokenizers.Tokenizer | None) -> None:
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise TokenizerError(
+            f"dialogues need a chat template (--tokenizer, {shortened(args.tokenizer)} has none): name the "
+            "tokenizer.json of a run that has one, such as one of `jaxgpt import --from smollm2`"
+        )
+    if texts := [file.path for file in files if inputs.kind(file.path) in (inputs.TEXT, None)]:
+        raise DataError(
+            f"a text among dialogues ({inputs.FLAG}, {shortened(texts[0], 300)}): prepare it into another folder; "
+            "--data.path DIR=WEIGHT,DIR=WEIGHT mixes both"
+        )
 
 
 def _make_tokenizer(job: Job, args: PrepareArgs) -> tokenizers.Tokenizer:
@@ -157,7 +178,7 @@ def _make_tokenizer(job: Job, args: PrepareArgs) -> tokenizers.Tokenizer:
         return tokenizers.load(args.tokenizer)
     if args.tokenizer == "char":
         alphabet: set[str] = set()
-        find = functools.partial(characters, args.text_field, job.request["line_ends"])
+        find = functools.partial(characters, Reading.of(job.request))
         with job.bar("alphabet") as advance:
             for piece, found in in_order(find, documents.pieces(job.files), job.processes):
                 alphabet |= found
@@ -179,52 +200,61 @@ def _make_tokenizer(job: Job, args: PrepareArgs) -> tokenizers.Tokenizer:
 def _tokenise(job: Job, done: dict[str, Any]) -> dict[str, Any]:
     """Append the pieces that the journal lacks, then write dataset.json."""
     out, request = job.out, done["request"]
-    vocab_size = tokenizers.load(out / TOKENIZER).vocab_size
-    dtype = np.min_scalar_type(vocab_size - 1)
-    tokens = GrowingArray(out / TOKENS, dtype, done["tokens"])
-    ends = GrowingArray(out / ENDS, np.dtype(np.int64), done["documents"])
-    # a folder that an older version began has no line breaks between its documents
-    reading = (request["text_field"], request.get("line_ends", False))
-    turn = functools.partial(encode, str(out / TOKENIZER), sha256_of(out / TOKENIZER), *reading, dtype)
-    with contextlib.closing(tokens), contextlib.closing(ends):
-        _append(job, done, turn, tokens, ends)
-        if not tokens.length:
+    vocab_size, reading = tokenizers.load(out / TOKENIZER).vocab_size, Reading.of(request)
+    dtypes = {TOKENS: np.min_scalar_type(vocab_size - 1), ENDS: np.dtype(np.int64)}
+    if reading.dialogues:
+        dtypes[MASK] = np.dtype(np.uint8)
+    hashes = {name: sha256_of(out / name) for name in (TOKENIZER, SETTINGS) if (out / name).exists()}
+    turn = functools.partial(encode, str(out / TOKENIZER), " ".join(hashes.values()), reading, dtypes[TOKENS])
+    with contextlib.ExitStack() as stack:
+        arrays = {}
+        for name, dtype in dtypes.items():
+            length = done["documents" if name == ENDS else "tokens"]
+            arrays[name] = stack.enter_context(contextlib.closing(GrowingArray(out / name, dtype, length)))
+        _append(job, done, turn, arrays)
+        if not arrays[TOKENS].length:
             raise DataError(NO_TEXT.format(shortened(job.input, 300)))
-        ends.finish()
-        offset = tokens.finish()
+        offsets = {name: array.finish() for name, array in arrays.items()}
     facts = {
-        "format": FORMAT,
-        "dtype": dtype.name,
-        "tokens": tokens.length,
-        "documents": ends.length,
+        "format": MASKED if reading.dialogues else FORMAT,
+        "dtype": dtypes[TOKENS].name,
+        "tokens": arrays[TOKENS].length,
+        "documents": arrays[ENDS].length,
         "vocab_size": vocab_size,
-        "sha256": sha256_of(out / TOKENS, offset),
-        "tokenizer_sha256": sha256_of(out / TOKENIZER),
+        "sha256": sha256_of(out / TOKENS, offsets[TOKENS]),
+        "tokenizer_sha256": hashes[TOKENIZER],
         "texts": done.get("texts"),
         "request": request,
     }
+    if SETTINGS in hashes:
+        facts["tokenizer_config_sha256"] = hashes[SETTINGS]
+    if reading.dialogues:
+        facts |= {"mask_sha256": sha256_of(out / MASK, offsets[MASK]), "counted": done["counted"]}
     _write_json(out / DATASET, facts)
     return facts
 
 
-def _append(job: Job, done: dict[str, Any], turn: Callable, tokens: GrowingArray, ends: GrowingArray) -> None:
+def _append(job: Job, done: dict[str, Any], turn: Callable, arrays: dict[str, GrowingArray]) -> None:
     """Turn the pieces that the journal lacks into tokens, and keep the journal."""
-    todo = documents.pieces(job.files)
+    todo, tokens, ends = documents.pieces(job.files), arrays[TOKENS], arrays[ENDS]
     size = sum(piece.size for piece in itertools.islice(todo, done["pieces"]))
 
     def keep() -> None:
-        tokens.sync()
-        ends.sync()
+        for array in arrays.values():
+            array.sync()
         _write_json(job.out / JOURNAL, done)
 
     saved = time.monotonic()
     try:
         with stop_requests() as stop_request, job.bar("tokens", done=size) as advance:
-            for piece, (ids, ended, link) in in_order(turn, todo, job.processes):
-                ends.append(ended + tokens.length)
-                tokens.append(ids)
+            for piece, found in in_order(turn, todo, job.processes):
+                ends.append(found.ends + tokens.length)
+                tokens.append(found.ids)
+                if found.mask is not None:
+                    arrays[MASK].append(found.mask)
+                    done["counted"] = done.get("counted", 0) + int(found.mask.sum())
                 done |= {"pieces": done["pieces"] + 1, "tokens": tokens.length, "documents": ends.length}
-                done["texts"] = journal.chained(done.get("texts"), link)
+                done["texts"] = journal.chained(done.get("texts"), found.digest)
                 advance(piece.size)
                 asked = stop_request()
                 if asked is not None:
@@ -237,16 +267,13 @@ def _append(job: Job, done: dict[str, Any], turn: Callable, tokens: GrowingArray
         raise
 
 
-def _progress() -> Progress:
-    columns = "{task.description:9}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Screen(sys.stderr))
-
-
 def _summary(job: Job, facts: dict[str, Any]) -> str:
-    return (
-        f"{job.out} holds {facts['tokens']:,} tokens ({facts['dtype']}, vocabulary of {facts['vocab_size']:,}) "
-        f"in {facts['documents']:,} documents; train on it with --data.path {job.out}"
-    )
+    size = f"{facts['tokens']:,} tokens ({facts['dtype']}, vocabulary of {facts['vocab_size']:,})"
+    train = f"train on it with --data.path {job.out}"
+    if "counted" not in facts:
+        return f"{job.out} holds {size} in {facts['documents']:,} documents; {train}"
+    answers = f"{facts['documents']:,} dialogues, {facts['counted']:,} of them in answers"
+    return f"{job.out} holds {size} in {answers}; {train} --data.documents separate"
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

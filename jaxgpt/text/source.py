@@ -3,11 +3,13 @@
 Both provide the windows for `step.train_steps` and `step.estimate_loss`, and the pieces for `step.evaluate`.
 """
 
+import contextlib
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
@@ -18,9 +20,10 @@ from jaxgpt import data
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.data import DataConfig
 from jaxgpt.devices import sharding
-from jaxgpt.errors import shortened
+from jaxgpt.errors import JaxgptWarning, shortened
+from jaxgpt.files.screen import progress
 from jaxgpt.step import TRAIN, VAL, stream_key
-from jaxgpt.text import corpus, epochs, mixtures, places
+from jaxgpt.text import corpus, documents, epochs, inputs, mixtures, places
 from jaxgpt.text.token_folder import TokenFolder
 from jaxgpt.text.workers import prefetched
 from jaxgpt.tokenizer import Tokenizer, UnknownCharacterError
@@ -34,6 +37,9 @@ class Text:
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None):
         text = corpus.load(config.name, config.path)
+        if config.path and documents.are_dialogues([inputs.File(config.path, 0, 0)], "text"):
+            remedy = "`jaxgpt prepare` makes a folder in which only the answers count"
+            warnings.warn(f"dialogues, read as plain text ({shortened(config.path, 300)}): {remedy}", JaxgptWarning, 2)
         self.name, self.sha256, self.train_fraction = text.name, text.sha256, config.train_fraction
         self.in_epochs = config.sampling == "epochs"
         if config.documents == "separate":
@@ -69,6 +75,10 @@ class Text:
         """Yield the training batches of each call; see `Source`."""
         return (self.windows(TRAIN, seed, first, n, rows) for first, n in calls)
 
+    def targets(self, split: str) -> int:
+        """Count the tokens of a split that `pieces` predicts."""
+        return (self.tokens if split == "all" else len(getattr(self.splits, split))) - 1
+
     def pieces(self, split: str) -> Iterator[jax.Array]:
         """Yield a whole split for `evaluate`; see `Source`."""
         if split == "all" and self.tokens < 2:
@@ -83,11 +93,17 @@ class Folders:
         self.mixture = mixtures.parse_sources(config.path, config.verify)
         folders = [span.folder for span in self.mixture.spans]
         self.name, self.train_fraction = config.path, config.train_fraction
-        self.in_epochs, self.separate = config.sampling == "epochs", config.documents == "separate"
-        for folder in folders if self.separate else []:
-            _ = folder.ends  # read now, so that what is wrong with them is told before anything begins
-        hashes = [f"{folder.sha256} {weight}" for folder, weight in zip(folders, self.mixture.weights)]
-        self.sha256 = folders[0].sha256 if len(folders) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        self.in_epochs = config.sampling == "epochs"
+        self.reads = {"tokens": TokenFolder.read}  # how each field of the windows is read
+        if config.documents == "separate":
+            self.reads["documents"] = TokenFolder.documents
+            for folder in folders:
+                _ = folder.ends  # read now, so that what is wrong with them is told before anything begins
+        if any(folder.mask_sha256 for folder in folders):
+            self.reads["mask"] = TokenFolder.mask
+        hashes = [f"{folder.identity} {weight}" for folder, weight in zip(folders, self.mixture.weights)]
+        several = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        self.sha256 = folders[0].identity if len(folders) == 1 else several
         self.tokenizer = tokenizers.load(folders[0].tokenizer)
         if folders[0].vocab_size != self.tokenizer.vocab_size:
             raise data.DataError(
@@ -101,6 +117,16 @@ class Folders:
         """Cut each folder into the train and val splits."""
         self.mesh, self.block_size = mesh, block_size
         self.splits = data.Splits(*mixtures.split(self.mixture, self.train_fraction, block_size))
+        if "mask" in self.reads:  # refused now, as an evaluation would find it only at the end of training
+            for which, mixture in zip(("training", "validation"), self.splits):
+                self._check_answers(which, mixture)
+
+    def _check_answers(self, which: str, mixture: mixtures.Mixture) -> None:
+        if not any(mask[1:].any() for mask in mixtures.consecutive(mixture, EVALUATED, TokenFolder.mask)):
+            raise data.DataError(
+                f"no answer in a split ({_short(self)}, the {which} split): use more dialogues, or another "
+                "--data.train_fraction"
+            )
 
     def windows(self, stream: int, seed: int, first: int, n: int, rows: int) -> Batches:
         """Return the batches of `n` steps; each process reads only the rows of its devices. See `Source`."""
@@ -115,12 +141,17 @@ class Folders:
             shape = (n, rows, self.block_size + 1)
             return jax.make_array_from_callback(shape, NamedSharding(self.mesh, P(None, sharding.BATCH)), part)
 
-        tokens = array(TokenFolder.read)
-        return data.Windows(tokens, array(TokenFolder.documents)) if self.separate else tokens
+        fields = {field: array(read) for field, read in self.reads.items()}
+        return data.Windows(**fields) if len(fields) > 1 else fields["tokens"]
 
     def feed(self, calls: Iterable[tuple[int, int]], seed: int, rows: int) -> Iterator[Batches]:
         """Yield the training batches of each call, reading ahead while the previous call computes; see `Source`."""
         return prefetched(lambda call: self.windows(TRAIN, seed, *call, rows), calls)
+
+    def targets(self, split: str) -> int:
+        """Count the tokens of a split that `pieces` predicts, counted or not."""
+        mixture = self.mixture if split == "all" else getattr(self.splits, split)
+        return sum(max(span.stop - span.start - 1, 0) for span in mixture.spans)
 
     def pieces(self, split: str) -> Iterator[Batches]:
         """Yield a whole split for `evaluate`, in pieces; see `Source`."""
@@ -128,10 +159,8 @@ class Folders:
             raise _too_short(self)
         size = max(EVALUATED // self.block_size, 1) * self.block_size
         mixture = self.mixture if split == "all" else getattr(self.splits, split)
-        pieces = mixtures.consecutive(mixture, size)
-        if self.separate:
-            pieces = map(data.Windows, pieces, mixtures.consecutive(mixture, size, TokenFolder.documents))
-        for piece in pieces:
+        for arrays in zip(*(mixtures.consecutive(mixture, size, read) for read in self.reads.values())):
+            piece = arrays[0] if len(arrays) == 1 else data.Windows(**dict(zip(self.reads, arrays)))
             yield piece if self.mesh is None else jax.tree.map(partial(sharding.place, self.mesh), piece)
 
 
@@ -141,8 +170,28 @@ Source = Text | Folders
 `windows(stream, seed, first, n, rows)` returns the batches of the n steps from `first` on, (n, rows, T + 1) unsigned
 integers. The stream is TRAIN or ESTIMATE, both from the train split, or VAL. `feed(calls, seed, rows)` yields the
 training windows of each call; a call is (first step, n). `pieces(split)` yields a whole split for `step.evaluate`;
-the split `all` is both as one. With `data.documents: separate`, each of these is `data.Windows` of that shape.
+the split `all` is both as one. With `data.documents: separate`, and of dialogues, each of these is `data.Windows` of
+that shape.
 """
+
+
+@contextlib.contextmanager
+def watched(source: Source, split: str, stream: TextIO | None) -> Iterator[Iterator[Batches]]:
+    """Show how far the evaluation of a split is, in a `with` block: yields its pieces.
+
+    Args:
+        source: after `split`.
+        split: train, val or all.
+        stream: the screen; None = nowhere.
+    """
+    with progress("evaluate", source.targets(split), "tokens", stream) as advance:
+
+        def pieces() -> Iterator[Batches]:
+            for piece in source.pieces(split):
+                yield piece
+                advance(len(jax.tree.leaves(piece)[0]) - 1)
+
+        yield pieces()
 
 
 def open_source(config: DataConfig, tokenizer: Tokenizer | None = None) -> Source:

@@ -14,19 +14,21 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from jaxgpt.data import DataError
 from jaxgpt.errors import shortened
-from jaxgpt.files import download
+from jaxgpt.files import download, tokenizer_settings
 from jaxgpt.text import places, verified
 from jaxgpt.text.verified import BLOCK_BYTES, sha256_of
 
-FORMAT = 1
+FORMAT, MASKED = 1, 2  # the second has a mask, which versions that read only the first would overlook
 FLAG = "--data.path"
 DATASET, TOKENS, ENDS, TOKENIZER = "dataset.json", "tokens.npy", "document_ends.npy", "tokenizer.json"
+MASK, SETTINGS = "mask.npy", tokenizer_settings.FILE
 REMEDY = "prepare the folder again, or copy it again"
 
 
@@ -50,6 +52,17 @@ class TokenFolder:
     tokenizer: pathlib.Path
     tokenizer_sha256: str
     """Hex digest of tokenizer.json."""
+    mask_offset: int | None = None
+    """Offset of the first element in mask.npy, in bytes; None if there is no mask."""
+    mask_sha256: str | None = None
+    """Hex digest of the mask's bytes."""
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of what a run learns from: the tokens and, if there is one, the mask."""
+        if self.mask_sha256 is None:
+            return self.sha256
+        return hashlib.sha256(f"{self.sha256} {self.mask_sha256}".encode()).hexdigest()
 
     def read(self, starts: Iterable[int], length: int) -> np.ndarray:
         """Read the `length` tokens from each start on.
@@ -57,14 +70,18 @@ class TokenFolder:
         Returns:
             (len(starts), length) in the stored dtype.
         """
+        return _read(self.path / TOKENS, self.offset, self.dtype, list(starts), length)
+
+    def mask(self, starts: Iterable[int], length: int) -> np.ndarray:
+        """Read which of the `length` tokens from each start on the loss counts as targets: all, if there is no mask.
+
+        Returns:
+            (len(starts), length) uint8, 0 or 1.
+        """
         starts = list(starts)
-        windows = np.empty((len(starts), length), self.dtype)
-        with open(self.path / TOKENS, "rb", buffering=0) as file:
-            for start, window in zip(starts, windows):
-                file.seek(self.offset + start * self.dtype.itemsize)
-                if file.readinto(window) != window.nbytes:
-                    raise DataError(f"the file became shorter ({file.name}): prepare the folder again")
-        return windows
+        if self.mask_offset is None:
+            return np.ones((len(starts), length), np.uint8)
+        return _read(self.path / MASK, self.mask_offset, np.dtype(np.uint8), starts, length)
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
@@ -95,6 +112,17 @@ class TokenFolder:
         return begins.cumsum(axis=1, dtype=np.int32)
 
 
+def _read(path: pathlib.Path, offset: int, dtype: np.dtype, starts: list[int], length: int) -> np.ndarray:
+    """Read windows of a stored array, whose first element is at an offset in bytes."""
+    windows = np.empty((len(starts), length), dtype)
+    with open(path, "rb", buffering=0) as file:
+        for start, window in zip(starts, windows):
+            file.seek(offset + start * dtype.itemsize)
+            if file.readinto(window) != window.nbytes:
+                raise DataError(f"the file became shorter ({file.name}): prepare the folder again")
+    return windows
+
+
 def open_token_folder(path: str, again: bool = False) -> TokenFolder:
     """Open and verify a token folder; one on an object store (gs://, s3://) is first copied to the cache folder.
 
@@ -121,55 +149,117 @@ def facts_of(folder: epath.Path) -> dict:
     wanted = {"format": int, "dtype": str, "tokens": int, "vocab_size": int, "sha256": str, "tokenizer_sha256": str}
     try:
         facts = json.loads((folder / DATASET).read_text())
+        wanted |= {"mask_sha256": str} if facts.get("format") == MASKED else {}
+        wanted |= {name: str for name in ("tokenizer_config_sha256",) if name in facts}
         bad = [key for key, kind in wanted.items() if not isinstance(facts.get(key), kind)]
     except (ValueError, AttributeError, RecursionError):
         raise DataError(f"not a dataset description ({folder / DATASET}): prepare the folder again") from None
     except (FileNotFoundError, NotADirectoryError) as error:
         unfinished = f"no {DATASET}: {error.strerror or error}"
         raise DataError(f"not a finished token folder ({folder}, {unfinished}): run `jaxgpt prepare`") from None
-    if bad or facts["format"] != FORMAT:
-        wrong = f"no {', '.join(bad)}" if bad else f"format {facts['format']}, this jaxgpt reads {FORMAT}"
+    if bad or facts["format"] not in (FORMAT, MASKED):
+        wrong = f"no {', '.join(bad)}" if bad else f"format {facts['format']}, this jaxgpt reads {FORMAT} and {MASKED}"
         raise DataError(f"not a dataset description ({folder / DATASET}, {wrong}): prepare the folder again")
     return facts
 
 
+class _Stored(NamedTuple):
+    """An array of a folder, as dataset.json describes it."""
+
+    file: str
+    dtype: str
+    values: int
+    """Its elements are below this number."""
+    sha256: str
+
+
+class _Header(NamedTuple):
+    """What an .npy file says of itself, and the size of its array in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    size: int
+
+
+def _stored(facts: dict) -> list[_Stored]:
+    """The arrays that training reads: the tokens and, if there is one, the mask."""
+    tokens = _Stored(TOKENS, facts["dtype"], facts["vocab_size"], facts["sha256"])
+    return [tokens, _Stored(MASK, "uint8", 2, facts["mask_sha256"])] if facts["format"] == MASKED else [tokens]
+
+
+def _tokenizer_files(facts: dict) -> dict[str, str]:
+    """The files of the tokenizer, and the hash of each."""
+    files = {TOKENIZER: facts["tokenizer_sha256"]}
+    return files | ({SETTINGS: facts["tokenizer_config_sha256"]} if "tokenizer_config_sha256" in facts else {})
+
+
+def _header(path: pathlib.Path) -> _Header:
+    with open(path, "rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        offset = file.tell()
+    return _Header(shape, dtype, offset, path.stat().st_size - offset)
+
+
 def _verified(name: str, folder: pathlib.Path, facts: dict, again: bool) -> TokenFolder:
-    """Compare header, size, hashes and ids with dataset.json, and return the folder."""
-    files = folder / TOKENS, folder / TOKENIZER
+    """Compare headers, sizes, hashes and values with dataset.json, and return the folder."""
+    arrays, texts = _stored(facts), _tokenizer_files(facts)
+    files = [folder / file for file in (*(array.file for array in arrays), *texts)]
     try:
-        with open(folder / TOKENS, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            offset = file.tell()
-        size = (folder / TOKENS).stat().st_size - offset
+        headers = {array.file: _header(folder / array.file) for array in arrays}
         known = not again and verified.is_known(files, facts)
-        found, beyond = {}, None
-        if not known:
-            found[TOKENS], beyond = verified.scan(folder / TOKENS, offset, dtype, facts["vocab_size"])
-            found[TOKENIZER] = sha256_of(folder / TOKENIZER)
+        found, beyond = {}, {}
+        for file, _, values, _ in [] if known else arrays:
+            header = headers[file]
+            found[file], beyond[file] = verified.scan(folder / file, header.offset, header.dtype, values)
+        found |= {} if known else {file: sha256_of(folder / file) for file in texts}
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the tokens ({name}, {error}): {REMEDY}") from None
-    n, hashes = facts["tokens"], (facts["sha256"], facts["tokenizer_sha256"])
-    for file, wanted in zip((TOKENS, TOKENIZER), hashes):
+    for file, wanted in ({array.file: array.sha256 for array in arrays} | texts).items():
         if found.get(file, wanted) != wanted:
-            what = f"{name}/{file}" + (f", {size} bytes of tokens" if file == TOKENS else "")
+            size = f", {headers[file].size} bytes of {file.partition('.')[0]}" if file in headers else ""
             differs = f"sha256 {found[file]} instead of {shortened(wanted)}"
-            raise DataError(f"a damaged token folder ({what}, {differs}): {REMEDY}")
-    if (shape, dtype.name) != ((n,), facts["dtype"]):
-        header = shortened(f"{dtype} {shape}")
-        raise DataError(f"a damaged token folder ({name}, {header} is not what {DATASET} says): {REMEDY}")
-    if beyond:
-        at, token = beyond
-        raise DataError(f"an id beyond the vocabulary ({name}, token {at:,} is {token}, the last id is "
-                        f"{facts['vocab_size'] - 1}): prepare the folder with its own tokenizer")  # fmt: skip
+            raise DataError(f"a damaged token folder ({name}/{file}{size}, {differs}): {REMEDY}")
+    for array in arrays:
+        _check_values(name, array, headers[array.file], facts["tokens"], beyond.get(array.file))
     if not known:
         verified.remember(files, facts)
-    return TokenFolder(name, folder, n, dtype, offset, facts["vocab_size"], hashes[0], folder / TOKENIZER, hashes[1])
+    tokens, mask = headers[TOKENS], headers.get(MASK)
+    return TokenFolder(
+        name=name,
+        path=folder,
+        tokens=facts["tokens"],
+        dtype=tokens.dtype,
+        offset=tokens.offset,
+        vocab_size=facts["vocab_size"],
+        sha256=facts["sha256"],
+        tokenizer=folder / TOKENIZER,
+        tokenizer_sha256=facts["tokenizer_sha256"],
+        mask_offset=mask and mask.offset,
+        mask_sha256=facts["mask_sha256"] if mask else None,
+    )
+
+
+def _check_values(name: str, array: _Stored, header: _Header, n: int, beyond: tuple[int, int] | None) -> None:
+    """Refuse an array of another shape or dtype, or with an element that is too large, of which `beyond` tells."""
+    if (header.shape, header.dtype.name) != ((n,), array.dtype):
+        differs = shortened(f"{array.file}: {header.dtype} {header.shape}")
+        raise DataError(f"a damaged token folder ({name}, {differs} is not what {DATASET} says): {REMEDY}")
+    if beyond and array.file == MASK:
+        raise DataError(f"a mask of other numbers than 0 and 1 ({name}, {beyond[1]} at {beyond[0]:,}): {REMEDY}")
+    if beyond:
+        at, token = beyond
+        raise DataError(
+            f"an id beyond the vocabulary ({name}, token {at:,} is {token}, the last id is {array.values - 1}): "
+            "prepare the folder with its own tokenizer"
+        )
 
 
 def _copied(path: str, facts: dict, again: bool) -> TokenFolder:
     """Return the cached copy of a remote folder, copying it if needed; the hashes alone name the copy."""
-    name = hashlib.sha256(f"{facts['sha256']} {facts['tokenizer_sha256']}".encode()).hexdigest()[:32]
+    hashes = [array.sha256 for array in _stored(facts)] + list(_tokenizer_files(facts).values())
+    name = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:32]
     target = download.cache_dir() / "tokens" / name
     try:
         if target.exists():
@@ -180,7 +270,7 @@ def _copied(path: str, facts: dict, again: bool) -> TokenFolder:
         with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
             fresh = pathlib.Path(temporary) / name
             fresh.mkdir(mode=0o700)
-            for file in (TOKENS, TOKENIZER, DATASET):
+            for file in (*(array.file for array in _stored(facts)), *_tokenizer_files(facts), DATASET):
                 with (places.locate(path, FLAG) / file).open("rb") as source, open(fresh / file, "wb") as sink:
                     shutil.copyfileobj(source, sink, BLOCK_BYTES)
             folder = _verified(path, fresh, facts, again=True)

@@ -87,4 +87,5 @@ def _record(files: list[pathlib.Path]) -> pathlib.Path:
 def _stamp(files: list[pathlib.Path], facts: dict[str, Any]) -> list:
     stats = map(os.stat, files)
     found = [[s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for s in stats]
-    return [found, facts["sha256"], facts["tokenizer_sha256"], facts["vocab_size"], facts["tokens"], facts["dtype"]]
+    wanted = [facts[name] for name in ("sha256", "tokenizer_sha256", "vocab_size", "tokens", "dtype")]
+    return [found, *wanted, *(facts[name] for name in ("mask_sha256", "tokenizer_config_sha256") if name in facts)]

@@ -20,6 +20,7 @@ from jaxgpt import step
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.data import Windows
 from jaxgpt.devices import attention, chips, sharding
+from jaxgpt.init import abstract_frozen
 from jaxgpt.tools import traffic
 from jaxgpt.training import specify
 
@@ -54,7 +55,7 @@ class Needs:
     """The memory and traffic of one device for one step; unknown numbers are None."""
 
     arguments: int
-    """Bytes of state and tokens."""
+    """Bytes of state, frozen parameters and tokens."""
     temporaries: int | None
     """Bytes of the rest: activations, gradients, and the program."""
     moved: int | None
@@ -142,12 +143,13 @@ def compile_step(config: Config, target: Target, tokens: int | None) -> Needs:
     mesh = sharding.make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
         spec, state = specify(config, mesh, target.platform)
+        frozen = abstract_frozen(config.model, config.lora, mesh)
         dtype = np.min_scalar_type(config.model.vocab_size - 1)
         windows, key = _shapes(config, dtype, mesh, tokens is not None)
-        lowered = step.train_steps.lower(state, windows, key, spec=spec)
+        lowered = step.train_steps.lower(state, windows, key, frozen, spec=spec)
     split = (tokens or 0) * dtype.itemsize
     held = split + sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-                       for leaf in jax.tree.leaves((state, windows)))  # fmt: skip
+                       for leaf in jax.tree.leaves((state, windows, frozen)))  # fmt: skip
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -182,13 +184,14 @@ def _shapes(config: Config, dtype: np.dtype, mesh: jax.sharding.Mesh, replicated
     return windows, jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, P()))
 
 
-def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
+def estimate_step(config: Config, target: Target, parameters: int, adapters: int = 0) -> Needs:
     """Estimate, without a compiler, the memory of one step from the sizes of the arrays that it keeps.
 
     Args:
         config: resolved configuration.
         target: a target without devices.
         parameters: number of parameters of the model.
+        adapters: number of those that LoRA trains; 0 = all are trained.
 
     Returns:
         A rough estimate, without traffic.
@@ -196,11 +199,13 @@ def estimate_step(config: Config, target: Target, parameters: int) -> Needs:
     sizes = sharding.sizes_of(config.mesh, target.n)
     model = config.model
     item = jnp.dtype(config.train.dtype).itemsize
-    numbers = (4 if config.optim.ema_decay else 3) * parameters  # with two moments, and perhaps an average, all float32
+    trained = adapters or parameters
+    # with two moments, and perhaps an average, all float32
+    numbers = parameters + (3 if config.optim.ema_decay else 2) * trained
     if config.optim.optimizer == "muon":  # which has one moment
         numbers -= model.n_layer * (model.attention_parameters + model.feed_forward_parameters)
     state = 4 * numbers // (sizes["fsdp"] * sizes["tensor"])
-    copies = (4 + item) * parameters // sizes["tensor"]  # gradients, and parameters cast to the compute dtype
+    copies = (4 * trained + item * parameters) // sizes["tensor"]  # gradients, and parameters cast to the compute dtype
     # channels per token that a layer keeps: of the stream (twice), its norms and the outputs of the branches; queries,
     # keys and values, and what attention makes of them; hidden channels before and after their activation and gate
     C, D, hidden = model.width, model.channels_per_head, model.hidden

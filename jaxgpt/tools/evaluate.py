@@ -19,6 +19,7 @@ from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.text import source
 
 SPLITS = ("train", "val", "all")
+LONGEST = 2048  # tokens per window of an imported model, whose context may be far longer
 TOKENS = 1 << 14  # tokens per batch: the logits of a large vocabulary take 200 kB per token
 
 
@@ -47,7 +48,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
 
     Returns:
         `split`, `step`, `tokens` (the predicted ones: all but the first; with separate documents, but the first of
-        each), `nats_per_token` and `bits_per_byte`.
+        each; of dialogues, only the assistant's), `nats_per_token` and `bits_per_byte`.
 
     Raises:
         ConfigError: there is no such split, or two texts are given.
@@ -82,6 +83,8 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
             f"the folder was prepared with another tokenizer ({opened.name}): prepare it with the run's tokenizer.json"
         )
     T = run.config.model.block_size
+    if run.corpus_sha256 is None:  # imported: a window of 131,072 tokens would not fit into the memory
+        T = min(T, LONGEST)
     if args.split != "all":
         opened.split(None, T)
     chunks = run.config.train.loss_chunks
@@ -89,7 +92,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
 
     def counted() -> Iterator[Any]:
         nonlocal tokens, size
-        for piece in opened.pieces(args.split):
+        for piece in pieces:
             windows = jax.tree.map(np.asarray, Windows.of(piece))
             targets = windows.tokens[1:]
             if windows.counted is not None:
@@ -97,11 +100,12 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
             tokens, size = tokens + len(targets), size + int(lengths[targets].sum())
             yield piece
 
-    loss = step.evaluate(run.model, counted(), min(64, max(TOKENS // T, 1)), chunks)
+    with source.watched(opened, args.split, sys.stderr) as pieces:
+        loss = step.evaluate(run.model, counted(), min(64, max(TOKENS // T, 1)), chunks)
     return {
         "split": args.split,
         "step": run.step,
         "tokens": tokens,
         "nats_per_token": loss,
-        "bits_per_byte": loss * tokens / math.log(2) / size,
+        "bits_per_byte": loss * tokens / math.log(2) / size if size else None,  # control tokens alone have no bytes
     }

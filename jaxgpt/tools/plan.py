@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 from etils import epath
-from flax import nnx
 
 from jaxgpt.config import Config, ConfigError
 from jaxgpt.devices import chips, sharding
 from jaxgpt.errors import ArgumentError
 from jaxgpt.runs import metrics
+from jaxgpt.step import params_of, trained_of
 from jaxgpt.text import corpus, token_folder
 from jaxgpt.tokenizer import CharTokenizer
 from jaxgpt.tools import ahead
@@ -84,8 +84,17 @@ def find_text(config: Config) -> Text:
 
 
 def count_parameters(config: Config) -> int:
-    """Return the number of parameters of the model."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract_model(config, "cpu"))))
+    """Return the number of parameters of the model, its adapters included."""
+    return _count(params_of(abstract_model(config, "cpu")))
+
+
+def count_adapters(config: Config) -> int:
+    """Return the number of those parameters that LoRA trains; 0 without LoRA."""
+    return _count(trained_of(abstract_model(config, "cpu"))) if config.lora.rank else 0
+
+
+def _count(params: dict[str, Any]) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def computed_again(config: Config) -> int:
@@ -142,13 +151,13 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     config = resolve(config, text.vocab_size, target.platform)
     sizes = sharding.sizes_of(config.mesh, target.n)
     target = target._replace(n=math.prod(sizes.values()))  # the mesh may leave some devices out
-    parameters = count_parameters(config)
+    parameters, adapters = count_parameters(config), count_adapters(config)
     shards = sizes["data"] * sizes["fsdp"]
 
     def needs_of(batch: int) -> Needs:
         sized = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch * shards))
         if target.devices is None:
-            return ahead.estimate_step(sized, target, parameters)
+            return ahead.estimate_step(sized, target, parameters, adapters)
         return ahead.compile_step(sized, target, text.tokens if text.on_device else None)
 
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), sharding.AXES)
@@ -162,6 +171,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "chip": target.chip and target.chip.name,
         "mesh": sizes,
         "parameters": parameters,
+        "adapters": adapters,
         "dtype": config.train.dtype,
         "attention": ahead.kernel_of(config, target.platform),
         "windows": config.data.batch_size * config.optim.grad_accumulation,
@@ -175,11 +185,11 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "searched": bool(config.search and target.room),
         "fitting_batch_a_device": best,
         "fitting_batch_size": best and best * shards,
-        **pace(config, target, parameters, needs),
+        **pace(config, target, parameters, needs, adapters),
     }
 
 
-def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> dict[str, Any]:
+def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs, adapters: int = 0) -> dict[str, Any]:
     """Compute the FLOPs, the roofline and the duration of a run.
 
     Args:
@@ -187,12 +197,13 @@ def pace(config: PlanConfig, target: Target, parameters: int, needs: Needs) -> d
         target: the devices; their chip may be unknown.
         parameters: number of parameters of the model.
         needs: memory and traffic of one step on one device.
+        adapters: number of those parameters that LoRA trains; 0 = all are trained.
 
     Returns:
         The part of the record of `plan` about time; unknown values are None.
     """
     model, chip = config.model, target.chip
-    per_token = metrics.flops_per_token(model, parameters)
+    per_token = metrics.flops_per_token(model, parameters, parameters - adapters if adapters else 0)
     tokens = config.data.batch_size * config.optim.grad_accumulation * model.block_size
     again = computed_again(config)
     compute = chip and tokens * (per_token + again) / target.n / chip.flops
@@ -218,11 +229,12 @@ def table(r: dict[str, Any]) -> str:
     """Format a record of `plan` as a table with one line per topic."""
     chip, tokens = r["chip"] and chips.named(r["chip"]), r["tokens_a_step"]
     each = f", each {_flops(chip.flops)}/s, {_bytes(chip.memory)}, {_bytes(chip.bandwidth)}/s" if chip else ""
+    trained = f", of which {r['adapters']:,} are adapters and trained" if r["adapters"] else ""
     again = f", and {_flops(r['flops_computed_again'])} to recompute what is not kept"
     lines = {
         "target": f"{r['target']}{each}",
         "mesh": ", ".join(f"{axis} {size}" for axis, size in r["mesh"].items()),
-        "model": f"{r['parameters']:,} parameters, computed in {r['dtype']}, attention {r['attention']}",
+        "model": f"{r['parameters']:,} parameters{trained}, computed in {r['dtype']}, attention {r['attention']}",
         "step": f"{r['windows']:,} windows x {r['block_size']:,} = {tokens:,} tokens: {_flops(r['flops_a_step'])}"
         + (again if r["flops_computed_again"] else ""),
         "epoch": f"{r['epoch_tokens']:,} tokens, {r['epoch_tokens'] / tokens:,.1f} steps"

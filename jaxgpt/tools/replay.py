@@ -23,9 +23,9 @@ from jaxgpt.runs import init_from, report
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.runs.loading import CHECKPOINTS, files_of, read_files, read_state
 from jaxgpt.settings.checks import Path, check_fields
-from jaxgpt.step import DROPOUT, TRAIN, StepSpec, TrainState, build, loss_and_gradient, train_steps
+from jaxgpt.step import DROPOUT, TRAIN, StepSpec, TrainState, build, combined, loss_and_gradient, train_steps
 from jaxgpt.text.source import Source, open_source
-from jaxgpt.training import mesh_config, new_state, resolve, specify
+from jaxgpt.training import mesh_config, new_state, read_frozen, resolve, specify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,20 +78,23 @@ def replay(args: ReplayArgs) -> Finding:
         with Checkpoints(f"{args.run}/{CHECKPOINTS}") as checkpoints:
             undamaged = (n for n in checkpoints.steps() if n < args.step and not checkpoints.find_damage(n))
             start = max((n for n in undamaged if n >= since), default=0)
-            if start in checkpoints.steps():
+            facts = checkpoints.manifest(start) if start in checkpoints.steps() else {}
+            if facts:
                 state = read_state(checkpoints, start, shapes, spec.tx)
             elif not since:  # what training began with depends on the configuration alone
-                state = new_state(config, init_from.check(config, source.tokenizer), spec, shapes)
+                donor = None if config.lora.rank else init_from.check(config, source.tokenizer)
+                state = new_state(config, donor, spec, shapes)
             else:
                 raise CheckpointError(
                     f"no checkpoint from step {since}, where the settings changed, to step {args.step} ({args.run}): "
                     "start the run again to get one"
                 )
+        frozen = read_frozen(config, mesh, facts)
         key, rows = jax.random.key(config.seed), config.optim.grad_accumulation * config.data.batch_size
         for windows in source.feed(_calls_up_to(config, start, args.step - 1), config.seed, rows):
-            state, _ = train_steps(state, windows, key, spec=spec)
+            state, _ = train_steps(state, windows, key, frozen, spec=spec)
         windows = jax.tree.map(lambda a: a[0], source.windows(TRAIN, config.seed, args.step - 1, 1, rows))
-        first, values, loss = _examine(tensors(state, batch(windows), key, spec))
+        first, values, loss = _examine(tensors(state, batch(windows), key, spec, frozen))
         return Finding(args.step, start, loss, first, values)
 
 
@@ -130,7 +133,7 @@ def _examine(named: Iterable[tuple[str, jax.Array]]) -> tuple[str | None, str, f
 
 
 def tensors(
-    state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec
+    state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, spec: StepSpec, frozen: Any = None
 ) -> Iterator[tuple[str, jax.Array]]:
     """Compute the tensors of one `train_step`, in the order of the computation.
 
@@ -138,7 +141,7 @@ def tensors(
         state: state before the step.
         batch: from `data.batch`.
         key: the key of the run.
-        spec: as for `train_step`.
+        spec, frozen: as for `train_step`.
 
     Yields:
         Name and value of each tensor.
@@ -146,11 +149,12 @@ def tensors(
     yield from _named("parameter", state.params)
     dropout_key = jax.random.fold_in(jax.random.fold_in(key, DROPOUT), state.step)
     parts = spec.grad_accumulation
-    cut = [a.reshape(parts, -1, a.shape[-1]) for a in batch]
+    cut = jax.tree.map(lambda a: a.reshape(parts, -1, a.shape[-1]), batch)
     for part in range(parts):
         rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, part))
-        yield from _forward(build(spec, state.params), rngs, *(a[part] for a in cut))
-    _, grads = jax.jit(loss_and_gradient, static_argnames="spec")(state.params, batch, dropout_key, spec)
+        of_part = jax.tree.map(lambda a, part=part: a[part], cut)
+        yield from _forward(build(spec, combined(state.params, frozen)), rngs, *of_part)
+    _, grads = jax.jit(loss_and_gradient, static_argnames="spec")(state.params, batch, dropout_key, spec, frozen)
     yield from _named("gradient of", grads)
     yield "norm of the gradient", optax.tree.norm(grads)
     updates, _ = jax.jit(spec.tx.update)(grads, state.opt_state, state.params)

@@ -14,6 +14,7 @@ from jaxgpt.errors import ArgumentError, printable
 from jaxgpt.files.screen import Lenient
 from jaxgpt.runs.loading import Step, load
 from jaxgpt.settings.checks import Path, Text, check_fields, check_seed
+from jaxgpt.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +80,13 @@ def sample(args: SampleArgs) -> None:
     run = load(args.run, args.step)
     print(f"run {args.run}, step {run.step:,}", file=Lenient(sys.stderr))
     tokenizer = run.tokenizer
-    start = tokenizer.encode(prompt, special_tokens=args.special_tokens) if prompt else tokenizer.start
+    start = _begun(tokenizer, prompt, args.special_tokens) if prompt else tokenizer.start
     before = prompt or tokenizer.decode(start, skip_special_tokens=True)
     tokens, key = np.tile(start, (args.num_samples, 1)), jax.random.key(args.seed)
-    end = None if args.ignore_eos else tokenizer.end_of_text
+    ends = None if args.ignore_eos else tokenizer.ends or None
 
     def text_of(pieces: Iterable[np.ndarray]) -> Iterator[str]:
-        return before_first(args.stop, tokenizer.decode_stream(_before_token(end, pieces)))
+        return before_first(args.stop, tokenizer.decode_stream(_before_token(ends, pieces), continues=True))
 
     show = printable if sys.stdout is not None and sys.stdout.isatty() else str
     if args.stream:
@@ -95,7 +96,7 @@ def sample(args: SampleArgs) -> None:
             print(show(text), end="", flush=True)
         print()
         return
-    out = sampling.generate(run.model, tokens, key, args.max_new_tokens, **args.rules, stop=end)
+    out = sampling.generate(run.model, tokens, key, args.max_new_tokens, **args.rules, stop=ends)
     texts = ("".join(text_of([row])) for row in np.asarray(out)[:, len(start) :])
     print(f"\n{'-' * 15}\n".join(show(before + text) for text in texts))
 
@@ -112,10 +113,16 @@ def _prompt(args: SampleArgs) -> str | None:
     raise ConfigError(f"cannot read the prompt ({args.prompt_file}, {reason}): name a UTF-8 text file")
 
 
-def _before_token(end: int | None, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The (N,) ids of each piece, up to the first that is `end`; None for all."""
+def _begun(tokenizer: Tokenizer, prompt: str, special_tokens: bool) -> np.ndarray:
+    """The ids of a prompt, (N,) int32, behind those that the model expects before a text."""
+    ids, prefix = tokenizer.encode(prompt, special_tokens), tokenizer.prefix
+    return ids if np.array_equal(ids[: len(prefix)], prefix) else np.concatenate([prefix, ids])
+
+
+def _before_token(ends: tuple[int, ...] | None, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The (N,) ids of each piece, up to the first of `ends`; None for all."""
     for ids in pieces:
-        found = () if end is None else np.flatnonzero(ids == end)
+        found = () if ends is None else np.flatnonzero(np.isin(ids, ends))
         yield ids[: found[0]] if len(found) else ids
         if len(found):
             return

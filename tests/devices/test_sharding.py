@@ -108,7 +108,7 @@ def test_a_run_moves_from_mesh_to_mesh(tiny_config, tmp_path):
 
 
 def files():
-    larger = ("gpt2_350m", "gpt2_774m", "gpt2_1558m", "finetune_gpt2")  # more of the same blocks
+    larger = ("gpt2_350m", "gpt2_774m", "gpt2_1558m", "finetune_gpt2", "finetune_smollm2", "llama_1b")  # same blocks
     return sorted(path for path in pathlib.Path("configs").rglob("*.yaml") if path.stem not in larger)
 
 

@@ -71,7 +71,7 @@ def test_names_without_prefix_and_masks_are_understood(hf, tmp_path):
 @pytest.mark.parametrize(
     "config, tensors, alphabet, code, said",
     [
-        ({"model_type": "llama"}, None, "abcdefg", 4, "model_type llama"),
+        ({"model_type": "bert"}, None, "abcdefg", 4, "model_type bert"),
         ({"layer_norm_epsilon": 1e-6}, None, "abcdefg", 4, "layer_norm_epsilon 1e-06"),
         ({"scale_attn_by_inverse_layer_idx": True}, None, "abcdefg", 4, "scale_attn_by_inverse_layer_idx True"),
         ({"activation_function": "silu"}, None, "abcdefg", 4, "activation_function silu"),

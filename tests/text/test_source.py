@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import json
 import math
@@ -194,6 +195,28 @@ def test_a_whole_text_needs_no_splits(tmp_path, kind, text):
     found, _ = short(tmp_path, kind, text)
     (tokens,) = found.pieces("all")
     assert found.tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("kind", ["text", "folder"])
+@pytest.mark.parametrize("split", ["train", "val", "all"])
+def test_the_bar_of_an_evaluation_ends_at_its_total(tmp_path, monkeypatch, kind, split):
+    found, _ = short(tmp_path, kind, "abcdefghi" * 8)
+    found.split(None, 5)
+    monkeypatch.setattr(source, "EVALUATED", 20)
+    totals, parts = [], []
+
+    @contextlib.contextmanager
+    def progress(title, total, unit, stream):
+        totals.append(total)
+        yield parts.append
+
+    monkeypatch.setattr(source, "progress", progress)
+    with source.watched(found, split, None) as pieces:
+        first = next(pieces)
+        assert parts == []  # it is handed out, and not yet evaluated
+        list(pieces)
+    assert totals == [sum(parts)] == [{"train": 35, "val": 35, "all": 71}[split]]
+    assert parts[0] == len(first) - 1 and (len(parts) > 1) == (kind == "folder")
 
 
 @pytest.mark.parametrize("kind", ["text", "folder"])
