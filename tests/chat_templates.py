@@ -103,7 +103,7 @@ DIALOGUE = [
 
 def chat_tokenizer(template=CHATML, eos_token="<|im_end|>", **settings):
     """Byte-level BPE with some merges, the special tokens of several models, and a template."""
-    trained = byte_level.train(["user\nthe king and the queen\n"] * 9, 272)
+    trained = byte_level.train(["user\nthe king and the queen\n<|im_end|>\n"] * 9, 278)
     trained.add_special_tokens(SPECIAL)
     settings = {"chat_template": template, "eos_token": eos_token, "bos_token": "<|endoftext|>"} | settings
     return BPETokenizer(trained, "chat", settings)

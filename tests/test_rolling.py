@@ -48,6 +48,7 @@ def test_the_cache_rolls_as_attention_over_the_last_keys_of_each_layer(model, T)
     np.testing.assert_array_equal(ours, by_hand(model, prompt, 20))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_rows_of_different_lengths_roll_as_they_would_alone(model, temperature):
     lengths = [1, S - 1, S, S + 1, 20]

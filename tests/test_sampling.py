@@ -72,6 +72,7 @@ def test_a_cache_is_as_long_as_the_text_and_not_as_the_window(n, capacity):
     assert sampling._capacity(MODEL, n) == MODEL.config.block_size
 
 
+@pytest.mark.full
 def test_a_shorter_cache_gives_the_same_text(monkeypatch):
     prompt, lengths = jnp.array([[1, 0], [3, 4]]), jnp.array([1, 2])
     whole = [generate(MODEL, prompt, jax.random.key(0), 2, lengths=given) for given in (None, lengths)]

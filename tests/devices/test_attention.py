@@ -70,6 +70,7 @@ def plain(q, k, v):
     return jnp.einsum("bhts,bhsd->bhtd", weights, v)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("T", [65, 192, 259])
 @pytest.mark.parametrize("fields", [{}, {"n_kv_head": 1, "sliding_window": 50, "positions": "rope"}])
 def test_queries_in_parts_compute_what_all_at_once_compute(monkeypatch, T, fields):

@@ -159,7 +159,7 @@ def test_special_tokens_in_a_message_are_text(here):
 
 def test_overlapping_special_tokens_are_text(here):
     encoder = ChatEncoder(chat_tokenizer(), "run")
-    encoder.tokenizer._tokenizer.add_special_tokens(["|>x"])
+    encoder.tokenizer._tokenizer.add_special_tokens([">x"])  # begins with the last character of another
     tokenizer = type(encoder.tokenizer)(encoder.tokenizer._tokenizer, "chat", encoder.tokenizer.settings)
     special = np.flatnonzero(tokenizer.byte_lengths == 0)
     ids = ChatEncoder(tokenizer, "run").encode([{"role": "user", "content": "<|im_end|>x"}])
