@@ -29,7 +29,10 @@ def test_every_trick_is_measured(trick):
 
 @pytest.mark.parametrize("what", ["steps", "runs"])
 def test_recipes_are_measured_beside_each_other(what):
-    recipe, short = str(ROOT / "configs/lecture/bigram.yaml"), ("--train.steps", "40") if what == "runs" else ()
+    recipe, short = (
+        str(ROOT / "configs/lecture/bigram.yaml"),
+        ("--train.steps", "40", "--train.log_interval", "10", "--train.steps_per_call", "10") if what == "runs" else (),
+    )
     found = result_of("recipes.py", what, recipe, "--rounds", "2", *short)
     assert found["recipe"] == recipe and found["seconds"] > 0 and found["ratio"] == 1
     assert what == "steps" or (len(found["losses"]) == 2 and found["losses"][0] != found["losses"][1])

@@ -24,6 +24,8 @@ QUICK = {
 NOT_RUN = {
     "python3 -m venv": "sets up an environment; .ci/run does the same",
     "jaxgpt sweep": "takes minutes; tests/tools/test_sweep.py sweeps",
+    "pip install -e": "changes the environment; .ci/run installs all extras that the tests need",
+    "runs/pirate": "needs SmolLM2's weights; tests/test_lora.py trains and exports adapters",
     "jaxgpt ladder": "takes a minute and a half; tests/tools/test_ladder.py runs it",
     "--target v5e": "needs the TPU compiler; tests/tools/test_plan.py runs it where that is installed",
     "--from ": "needs downloads or files of the reader's; tests/interop/test_importing.py imports",

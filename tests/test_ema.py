@@ -140,7 +140,7 @@ def test_a_run_that_was_stopped_ends_in_the_bits_of_one_that_was_not(run, tmp_pa
 
 @pytest.mark.parametrize(
     "meshes",
-    [["fsdp", "data", "none"], ["data"], ["fsdp"]],
+    [["fsdp", "data", "none"], *(pytest.param([mesh], marks=pytest.mark.long) for mesh in ("data", "fsdp"))],
     ids=", ".join,
 )
 @pytest.mark.full

@@ -418,7 +418,11 @@ def flags(tmp_path, donor, text_file):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("more", [(), ("--optim.ema_decay", "0.5", "--optim.grad_accumulation", "2")], ids=["", "ema"])
+@pytest.mark.parametrize(
+    "more",
+    [(), pytest.param(("--optim.ema_decay", "0.5", "--optim.grad_accumulation", "2"), marks=pytest.mark.long)],
+    ids=["", "ema"],
+)
 def test_an_adapted_run_learns_and_continues_to_the_same_bits(flags, tmp_path, more, capsys):
     whole = jaxgpt.train(load_config([*flags, *more, "--run.dir", str(tmp_path / "whole")]))
     assert "are adapters and trained" in capsys.readouterr().out

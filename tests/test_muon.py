@@ -237,7 +237,7 @@ def test_a_run_keeps_its_optimizer(trained, tmp_path, changed):
     assert ("--run.resume changed" in str(refused.value)) is False
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_on_a_mesh_losses_are_the_same_and_each_device_orthogonalises_its_share():
     meshes = ["1,1,1", "2,1,1", "1,2,1", "1,4,1", "2,2,2"]
     command = [sys.executable, str(pathlib.Path(__file__).with_name("muon_on_meshes.py")), *meshes]

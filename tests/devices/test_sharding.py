@@ -90,7 +90,7 @@ def differences_of_losses(meshes, head, dropout, vocabulary, switches):
     return {name: np.abs(losses - found["1,1,1"]).max() for name, losses in found.items()}
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_a_run_moves_from_mesh_to_mesh(tiny_config, tmp_path):
     flags = ["--config", "configs/shakespeare_cpu.yaml", *tiny_config, "--model.dropout", "0"]
     for steps, axes in {"20": "122", "40": "211"}.items():

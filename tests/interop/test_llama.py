@@ -295,7 +295,7 @@ def test_what_contradicts_itself_is_one_line_and_nothing_is_written(hf, tmp_path
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 def test_a_run_keeps_the_type_samples_evaluates_trains_in_float32_and_goes_out_as_it_came(hf, tmp_path, capsys, dtype):
     folder, tensors = hf()
     assert run_import(folder, tmp_path, "--dtype", dtype) == 0

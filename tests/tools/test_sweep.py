@@ -218,7 +218,7 @@ def run_alone(config, source, n):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.long)])
 def test_each_run_of_a_sweep_is_the_run_alone_to_rounding(optimizer, text_file, tmp_path):
     """Every number in the step differs in one of the runs; a wrong one would be seen in its rates or its weights."""
     flags = flags_of(
@@ -354,7 +354,7 @@ def test_a_run_that_diverges_is_marked_and_the_others_go_on(text_file, tmp_path)
         assert ours["val_loss"] is None or ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=1e-3)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_groups_run_one_after_the_other_and_none_is_kept_unless_asked_for(text_file, tmp_path):
     vary = ("--vary", "model.dropout=0,0.1,0.2", "--vary", "model.n_embd=8,16", "--keep", "none")
     flags = flags_of(text_file, tmp_path, *vary, "--train.steps", "10")
