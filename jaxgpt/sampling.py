@@ -116,9 +116,9 @@ def _noise(key: jax.Array, first: jax.Array, n: int, rows: int, model: GPT) -> j
     return jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), shape))(first + jnp.arange(n))
 
 
-def _capacity(model: GPT, n: int) -> int:
-    """The room of a cache for n tokens: a window of 131,072 is not allocated for a short text."""
-    return min(model.config.block_size, max(CAPACITY, 1 << (n - 1).bit_length()))
+def capacity_for(n: int, block_size: int) -> int:
+    """Return the room of a cache for n tokens: a window of 131,072 is not allocated for a short text."""
+    return min(block_size, max(CAPACITY, 1 << (n - 1).bit_length()))
 
 
 def _empty(model: GPT, rows: int, capacity: int) -> Cache:
@@ -263,7 +263,7 @@ def _pieces(model, prompt, key, max_new_tokens, rule, lengths, chunk) -> Iterato
         token = jnp.take_along_axis(prompt, length[:, None], axis=1)[:, 0]
     room = max_new_tokens if rolls else block_size - T + 1 if T < block_size else 0  # a full window slides at once
     if room:
-        cache = _cache_of(model, prompt[:, :-1], length, _capacity(model, T + max_new_tokens))
+        cache = _cache_of(model, prompt[:, :-1], length, capacity_for(T + max_new_tokens, block_size))
     new, done, limit = [], 0, max(NOISE // (rows * model.config.vocab_size), 1)
     while done < max_new_tokens and room:
         n = min(chunk, limit, max_new_tokens - done, room)

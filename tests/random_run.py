@@ -22,9 +22,14 @@ def make_run(folder, tokenizer, **model):
         return (1 + 0.3 * noise if gpt2.name_of(path).endswith("scale") else 0.2 * noise).astype(np.float32)
 
     params = jax.tree_util.tree_map_with_path(draw, gpt2.shapes(config))
+    keep(folder, config, params, tokenizer)
+    return params
+
+
+def keep(folder, config, params, tokenizer):
+    """A run directory with these weights as its checkpoint of step 3."""
     open_run(Config(model=config, run=RunConfig(dir=str(folder))), tokenizer, None).begin(params)
     checkpoints = Checkpoints(f"{folder}/{CHECKPOINTS}")
     facts = {"val_loss": None, "corpus_sha256": "none", "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
     checkpoints.save(3, {"params": params}, facts)
     checkpoints.close()
-    return params

@@ -1,5 +1,3 @@
-import types
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -67,9 +65,8 @@ def test_rows_of_a_batch_and_keys_give_different_texts():
 
 @pytest.mark.parametrize("n, capacity", [(5, 1024), (1024, 1024), (1025, 2048), (9000, 8192)])
 def test_a_cache_is_as_long_as_the_text_and_not_as_the_window(n, capacity):
-    model = types.SimpleNamespace(config=types.SimpleNamespace(block_size=8192))
-    assert sampling._capacity(model, n) == capacity
-    assert sampling._capacity(MODEL, n) == MODEL.config.block_size
+    assert sampling.capacity_for(n, 8192) == capacity
+    assert sampling.capacity_for(n, 8) == 8
 
 
 @pytest.mark.full
@@ -77,7 +74,7 @@ def test_a_shorter_cache_gives_the_same_text(monkeypatch):
     prompt, lengths = jnp.array([[1, 0], [3, 4]]), jnp.array([1, 2])
     whole = [generate(MODEL, prompt, jax.random.key(0), 2, lengths=given) for given in (None, lengths)]
     monkeypatch.setattr(sampling, "CAPACITY", 1)
-    assert sampling._capacity(MODEL, 4) < MODEL.config.block_size
+    assert sampling.capacity_for(4, MODEL.config.block_size) == 4
     shorter = [generate(MODEL, prompt, jax.random.key(0), 2, lengths=given) for given in (None, lengths)]
     chex.assert_trees_all_equal(whole, shorter)
 

@@ -10,11 +10,10 @@ import numpy as np
 
 from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
-from jaxgpt.sampling import Rule, sample
+from jaxgpt.sampling import Rule, capacity_for, sample
 from jaxgpt.text.chat import ChatEncoder, Messages
 
 PIECES = (256, 32)  # tokens of a prompt that one call computes: a prompt of another length compiles nothing
-CAPACITY = 1024  # tokens that the first cache has room for; each larger one has twice as much
 
 
 @functools.lru_cache(maxsize=8)
@@ -106,7 +105,7 @@ class Writer:
 
     def _make_room(self, n: int) -> None:
         """Let the cache have room for n tokens; a window of 131,072 is not allocated for a short dialogue."""
-        capacity = min(self._config.block_size, max(CAPACITY, 1 << (n - 1).bit_length()))
+        capacity = capacity_for(n, self._config.block_size)
         if self._layers is None:
             self.tokens, self._capacity = [], capacity
             shape = self._config.kv_heads, capacity, self._config.channels_per_head

@@ -16,13 +16,11 @@ import numpy as np
 import pytest
 from chat_templates import ask_here, chat_tokenizer
 from flax import nnx
+from random_run import keep
 
-from jaxgpt import Config, GPTConfig, cli, generate
-from jaxgpt.config import RunConfig
+from jaxgpt import Config, GPTConfig, cli, generate, sampling
 from jaxgpt.errors import ArgumentError
 from jaxgpt.init import init_model
-from jaxgpt.runs.checkpoint import Checkpoints
-from jaxgpt.runs.directory import CHECKPOINTS, open_run
 from jaxgpt.sampling import make_rule
 from jaxgpt.step import params_of
 from jaxgpt.text.chat import ChatEncoder, Template
@@ -182,7 +180,7 @@ def model(request):
 def small(monkeypatch):
     """Pieces and caches as small as the models."""
     monkeypatch.setattr(dialogue, "PIECES", (8, 4))
-    monkeypatch.setattr(dialogue, "CAPACITY", 8)
+    monkeypatch.setattr(sampling, "CAPACITY", 8)
 
 
 def written(writer, prompt, n, rule=GREEDY, key=None, stop=()):
@@ -271,11 +269,7 @@ def talker(tmp_path_factory):
     bias = np.full(tokenizer.vocab_size, -1e9, np.float32)
     bias[tokenizer.encode("ab")] = 0
     params["lm_head"]["bias"] = jnp.asarray(bias)
-    open_run(Config(model=config, run=RunConfig(dir=str(folder))), tokenizer, None).begin(params)
-    checkpoints = Checkpoints(f"{folder}/{CHECKPOINTS}")
-    facts = {"val_loss": None, "corpus_sha256": "none", "mesh": {"data": 1, "fsdp": 1, "tensor": 1}}
-    checkpoints.save(3, {"params": params}, facts)
-    checkpoints.close()
+    keep(folder, config, params, tokenizer)
     return folder
 
 
