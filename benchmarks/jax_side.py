@@ -15,7 +15,7 @@ from jaxgpt import generate, load_config
 from jaxgpt.devices import chips, processes, sharding
 from jaxgpt.files.compiled import keep_compiled
 from jaxgpt.init import first_state, init_params
-from jaxgpt.loop import TrainingLoop
+from jaxgpt.loop import TrainingLoop, compile_call, rows
 from jaxgpt.runs import metrics
 from jaxgpt.step import INIT, cast, stream_key
 from jaxgpt.text.source import open_source
@@ -54,11 +54,11 @@ def train(spec):
     with jax.set_mesh(mesh):
         loop, record, state = prepare(config, mesh)
         n = loop.config.train.steps_per_call
-        feed = loop.source.feed(((first, n) for first in itertools.count(0, n)), loop.config.seed, loop.rows)
+        feed = loop.source.feed(((first, n) for first in itertools.count(0, n)), loop.config.seed, rows(loop.config))
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-        windows = next(feed)
-        compiled = loop.compile(shapes, windows)
-        state, chunk = compiled(state, windows, loop.key)
+        compiled, took = compile_call(loop.config, loop.spec, loop.source, shapes, None, (0, n))
+        loop.emit({"kind": "compile", "seconds": took})
+        state, chunk = compiled(state, next(feed), loop.key)
         first_loss, step = float(chunk["loss"][0]), n
 
     def work(seconds):
@@ -85,7 +85,7 @@ def train(spec):
 
     work(0.5)
     facts = {name: record[name] for name in ("parameters", "flops_per_token")} | {"steps_per_call": n}
-    return facts | {"tokens_per_step": loop.rows * loop.config.model.block_size, "first_loss": first_loss}, work
+    return facts | {"tokens_per_step": rows(loop.config) * loop.config.model.block_size, "first_loss": first_loss}, work
 
 
 def write(spec):

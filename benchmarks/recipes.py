@@ -1,10 +1,11 @@
 """Recipes beside each other: the time of a step, or whole runs with their losses and training times.
 
 python benchmarks/recipes.py steps RECIPE RECIPE ... [--rounds N]
-python benchmarks/recipes.py runs RECIPE RECIPE ... [--rounds N] [--section.field VALUE ...]
+python benchmarks/recipes.py runs RECIPE RECIPE ... [--rounds N] [--dir D] [--section.field VALUE ...]
 The recipes take turns, in one order and then in the other. `steps` measures calls of training steps in one process.
 `runs` starts each recipe's command in a fresh process, with another seed each round; its training time is from the
-first to the last `train` record, evaluations included. Ratios are to the first recipe, within a round.
+first to the last `train` record, evaluations included. `--dir` keeps the runs, under the names that `jaxgpt ladder`
+looks for. Ratios are to the first recipe, within a round.
 Prints one JSON line a recipe.
 """
 
@@ -41,14 +42,14 @@ def steps(recipe: str):
     return measure
 
 
-def runs(recipe: str, flags: list[str]):
+def runs(recipe: str, folder: pathlib.Path, flags: list[str]):
     """A function that trains to the end and returns the loss over the whole split and the seconds of training."""
 
     def measure(seed: int) -> dict[str, float]:
-        with tempfile.TemporaryDirectory(prefix="jaxgpt-recipes-") as folder:
-            command = [sys.executable, "-m", "jaxgpt", "train", "--config", recipe, "--run.dir", f"{folder}/run"]
-            subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=sys.stderr)
-            lines = pathlib.Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        run = folder / f"{pathlib.PurePath(recipe).name}-{seed}"
+        command = [sys.executable, "-m", "jaxgpt", "train", "--config", recipe, "--run.dir", str(run)]
+        subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=sys.stderr)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
         train = [record["elapsed_s"] for record in records if record["kind"] == "train"]
         return {"loss": records[-1]["val_loss"], "seconds": train[-1] - train[0]}
@@ -62,10 +63,17 @@ def main():
     parser.add_argument("what", choices=["steps", "runs"])
     parser.add_argument("recipes", nargs="+", metavar="RECIPE")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", type=pathlib.Path, help="keep the runs here")
     args, flags = parser.parse_known_args()
-    if flags and args.what == "steps":
-        parser.error(f"{flags[0]} changes whole runs only")
-    sides = {recipe: steps(recipe) if args.what == "steps" else runs(recipe, flags) for recipe in args.recipes}
+    if args.what == "steps" and (flags or args.dir):
+        parser.error(f"{(flags or ['--dir'])[0]} is for whole runs only")
+    with tempfile.TemporaryDirectory(prefix="jaxgpt-recipes-") as folder:
+        compare(args, args.dir or pathlib.Path(folder), flags)
+
+
+def compare(args: argparse.Namespace, folder: pathlib.Path, flags: list[str]):
+    """Measure the recipes in turns and print a line for each."""
+    sides = {recipe: steps(recipe) if args.what == "steps" else runs(recipe, folder, flags) for recipe in args.recipes}
     if args.what == "steps":  # warm up
         for measure in sides.values():
             measure(SEED)

@@ -5,6 +5,7 @@ A recipe is a YAML file. It is read as the same flags as on the command line, so
 
 import dataclasses
 import difflib
+import math
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -82,12 +83,16 @@ class RunConfig:
     """Number of latest checkpoints to keep; the one with the lowest val loss is also kept."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
     """Write the records of metrics.jsonl for TensorBoard as well, into the run directory, or to Weights & Biases."""
+    peak_tflops: float = 0.0
+    """Peak TFLOP/s of a device, of which MFU is a part; 0 = from a table, and measured on a CPU."""
 
     def __post_init__(self):
         check_fields(self)
         for name in ("checkpoint_interval", "keep"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} is {getattr(self, name)}: use 1 or more")
+        if not 0 <= self.peak_tflops < math.inf:
+            raise ArgumentError(f"peak_tflops is {self.peak_tflops}: use a number above 0, or 0 for the table's")
 
 
 @dataclasses.dataclass(frozen=True)

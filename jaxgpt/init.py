@@ -9,30 +9,10 @@ import optax
 from flax import nnx
 
 from jaxgpt.devices import sharding
+from jaxgpt.devices.keys import Keys
 from jaxgpt.layers import LoRAConfig, adapt
 from jaxgpt.model import GPT, Block, GPTConfig
 from jaxgpt.step import INIT, TrainState, init_state, params_of, stream_key, trained_of
-
-
-class Draws:
-    """The same sequence of keys as `nnx.Rngs(params=key)`, starting at the n-th.
-
-    Flax keeps its counter in a Variable. Under jit, each update of a Variable searches everything traced before: eight
-    seconds for GPT-2 1558M, against half a second here.
-
-    Args:
-        key: typed PRNG key.
-        n: () integer, the number of keys already used.
-    """
-
-    def __init__(self, key: jax.Array, n: jax.Array | int = 0):
-        self.key, self.n = key, n
-
-    def params(self) -> jax.Array:
-        """Return the next key, a () typed PRNG key."""
-        key = jax.random.fold_in(self.key, self.n)
-        self.n += 1
-        return key
 
 
 def abstract(config: GPTConfig, lora: LoRAConfig | None = None) -> GPT:
@@ -47,7 +27,7 @@ def abstract(config: GPTConfig, lora: LoRAConfig | None = None) -> GPT:
     """
 
     def make() -> GPT:
-        rngs = Draws(jax.random.key(0))
+        rngs = Keys(jax.random.key(0))
         model = GPT(config, rngs=rngs)
         for block in model.blocks if lora is not None and lora.rank else ():
             adapt(block, lora, rngs)
@@ -113,14 +93,14 @@ def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
 @partial(jax.jit, static_argnames="config")
 def _outside_blocks(key: jax.Array, config: GPTConfig) -> dict[str, Any]:
     """All parameters outside the blocks; XLA removes the computation of the others, which nothing uses."""
-    params = params_of(GPT(config, rngs=Draws(key)))
+    params = params_of(GPT(config, rngs=Keys(key)))
     return sharding.pin({name: part for name, part in params.items() if name != "blocks"})
 
 
 @partial(jax.jit, static_argnames="config")
 def _block(key: jax.Array, n: jax.Array, config: GPTConfig) -> dict[str, Any]:
     """The parameters of a block whose first key is the n-th."""
-    params = params_of(Block(config, rngs=Draws(key, n)))
+    params = params_of(Block(config, rngs=Keys(key, n)))
     return sharding.pin({"blocks": {0: params}})["blocks"][0]  # the sharding rules match this name
 
 
@@ -142,7 +122,7 @@ def init_adapters(config: GPTConfig, lora: LoRAConfig, key: jax.Array) -> dict[s
 @partial(jax.jit, static_argnames=("config", "lora"))
 def _block_adapters(key: jax.Array, config: GPTConfig, lora: LoRAConfig) -> dict[str, Any]:
     """The adapters of a block; XLA removes the computation of its other parameters."""
-    rngs = Draws(key)
+    rngs = Keys(key)
     block = Block(config, rngs=rngs)
     adapt(block, lora, rngs)
     return sharding.pin({"blocks": {0: trained_of(block)}})["blocks"][0]

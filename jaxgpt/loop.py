@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jaxgpt.runs.directory import RunDirectory
 from jaxgpt.step import (
     ESTIMATE,
     SAMPLE,
+    TRAIN,
     VAL,
     StepSpec,
     TrainState,
@@ -66,6 +68,15 @@ class Patience(NamedTuple):
         return 0 < patience <= self.waited
 
 
+class CompiledCall(NamedTuple):
+    """What `compile_call` returns."""
+
+    call: jax.stages.Compiled
+    """A function of the state, the windows, the run's key and the frozen parameters."""
+    seconds: float
+    """How long it took."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingLoop:
     """The training loop of a run: compiled calls, with evaluations, samples and checkpoints between them."""
@@ -92,18 +103,6 @@ class TrainingLoop:
         """The run's key."""
         return jax.random.key(self.config.seed)
 
-    @property
-    def rows(self) -> int:
-        """Windows per step."""
-        return self.config.optim.grad_accumulation * self.config.data.batch_size
-
-    def compile(self, shapes: TrainState, windows: jax.Array) -> jax.stages.Compiled:
-        """Compile `train_steps` before its first call, so that the compile time is reported separately."""
-        began = time.perf_counter()
-        compiled = train_steps.lower(shapes, windows, self.key, self.frozen, spec=self.spec).compile()
-        self.emit({"kind": "compile", "seconds": time.perf_counter() - began})
-        return compiled
-
     def log(self, first: int, chunk: dict[str, jax.Array], began: float) -> float:
         """Wait for the metrics of a call, record them, and return the time at which they came.
 
@@ -118,7 +117,7 @@ class TrainingLoop:
         chunk = jax.device_get(chunk)
         now, config = time.perf_counter(), self.config
         n = len(chunk["loss"])
-        speed, peak = n * self.rows * config.model.block_size / (now - began), self.peak.flops
+        speed, peak = n * rows(self.config) * config.model.block_size / (now - began), self.peak.flops
         mfu = peak and speed * self.flops_per_token / peak
         pace = {"tokens_per_second": speed, "mfu": mfu, "elapsed_s": now - self.started}
         for i in range(n):
@@ -176,12 +175,15 @@ class TrainingLoop:
             raise self.not_finite(f"parameters after step {step}", step + 1)
         self.run_dir.save(step, vars(state), val_loss=val_loss, patience=patience._asdict(), mesh=self.mesh)
 
-    def run(self, state: TrainState, stop_request: Callable[[], int | None]) -> TrainState:
+    def run(
+        self, state: TrainState, stop_request: Callable[[], int | None], first_call: Future[CompiledCall]
+    ) -> TrainState:
         """Train to the last step, or until patience is spent, or until a signal comes; then everything is saved.
 
         Args:
             state: to start from; its memory is taken over.
             stop_request: the number of the signal that came, None while there was none.
+            first_call: from `compile_call`, which may still be at work.
 
         Raises:
             Stopped: there was a signal.
@@ -199,11 +201,13 @@ class TrainingLoop:
             if config.patience:  # later steps may be no better than the first weights
                 self.save(state, step, loss, patience)
         planned = traced(calls(self.config, step), config.profile, self.run_dir.checkpoints.wait)
-        feed = self.source.feed(calls(self.config, step), self.config.seed, self.rows)
+        feed = self.source.feed(calls(self.config, step), self.config.seed, rows(self.config))
         with contextlib.closing(feed):
             for (first, n), windows in zip(planned, feed):
                 if n not in compiled:
-                    compiled[n] = self.compile(shapes, windows)
+                    what = self.config, self.spec, self.source, shapes, self.frozen, (first, n)
+                    compiled[n], seconds = compile_call(*what) if compiled else first_call.result()
+                    self.emit({"kind": "compile", "seconds": seconds})
                 ended = ended if waiting else time.perf_counter()
                 state, chunk = compiled[n](state, windows, self.key, self.frozen)
                 waiting.append((first, chunk))
@@ -233,6 +237,30 @@ class TrainingLoop:
         if patience.is_spent(config.patience):
             self.emit({"kind": "early_stop", "step": step, **patience._asdict()})
         return state
+
+
+def compile_call(
+    config: Config, spec: StepSpec, source: Source, shapes: TrainState, frozen: Any, call: tuple[int, int]
+) -> CompiledCall:
+    """Compile `train_steps`, so that its first call does not, for the devices of the current mesh.
+
+    Args:
+        config: resolved.
+        spec: static.
+        source: after `split`.
+        shapes: shapes, dtypes and shardings of the state.
+        frozen: those of the parameters that LoRA does not train, or these parameters.
+        call: its first step and its number of steps, one of `calls`.
+    """
+    began = time.perf_counter()
+    windows = source.windows(TRAIN, config.seed, *call, rows(config))
+    lowered = train_steps.lower(shapes, windows, jax.random.key(config.seed), frozen, spec=spec)
+    return CompiledCall(lowered.compile(), time.perf_counter() - began)
+
+
+def rows(config: Config) -> int:
+    """Windows per step."""
+    return config.optim.grad_accumulation * config.data.batch_size
 
 
 def boundary(config: Config, step: int) -> int:

@@ -21,7 +21,9 @@ from jaxgpt.settings.checks import check_key, check_number, check_prompt, check_
 
 NOISE = 1 << 26  # maximum number of random values drawn at a time
 CAPACITY = 1024  # tokens that the smallest cache of a model with a long window has room for
-STOP_INTERVAL = 64  # tokens after which `generate` checks whether all rows have had their stop token
+# tokens that one call computes: with few sizes, another length of prompt or text compiles nothing
+PROMPT_PIECES = (256, 32)
+PIECES = (64, 8)
 
 
 class Rule(NamedTuple):
@@ -128,15 +130,10 @@ def _empty(model: GPT, rows: int, capacity: int) -> Cache:
     return Cache(((zeros, zeros),) * config.n_layer, np.int32(0))
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _prefill(model: GPT, window: jax.Array, length: jax.Array, capacity: int) -> Cache:
-    """The cache of a padded (B, T) window, of which the first `length` tokens count, () or, per row, (B,).
-
-    The padding is never attended to: attention is causal, and decoding overwrites it.
-    """
-    _, cache = model.hidden(window)
-    padding = [(0, 0), (0, capacity - window.shape[1]), (0, 0)]
-    return Cache(jax.tree.map(lambda a: jnp.pad(a, padding), cache.layers), jnp.minimum(length, capacity))
+@jax.jit
+def _prefill(model: GPT, tokens: jax.Array, cache: Cache) -> Cache:
+    """The cache with (B, n) more tokens."""
+    return model.hidden(tokens, cache)[1]
 
 
 def _hidden(model: GPT, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
@@ -155,8 +152,12 @@ def _hidden(model: GPT, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
 def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first: jax.Array, n: int):
     """Decode (B, n) new tokens, from number `first` on, into the cache; also return the last one and the cache."""
 
+    last = model.config.block_size - 1  # what is computed past the window of learned positions is not used
+
     def step(carry, noise):
         token, cache = carry
+        if not _rolls(model):
+            cache = cache._replace(length=jnp.minimum(cache.length, last))
         x, cache = _hidden(model, token, cache)
         token = sample(model.logits(x)[:, 0], noise, rule)
         return (token, cache), token
@@ -166,15 +167,18 @@ def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Ru
 
 
 @jax.jit
-def _extend(model: GPT, prompt: jax.Array, length: jax.Array, cache: Cache) -> Cache:
-    """Put what follows a full window in the first `length` tokens, () or (B,), of (B, T) prompts into their cache."""
+def _extend(model: GPT, piece: jax.Array, first: jax.Array, length: jax.Array, cache: Cache) -> Cache:
+    """Put (B, n) tokens, which follow a full window, into the cache of prompts.
 
-    def step(place, cache):
-        _, grown = _hidden(model, jax.lax.dynamic_index_in_dim(prompt, place, 1, keepdims=False), cache)
+    The first of them has number `first` of its prompt, of which `length` tokens count, () or, per row, (B,).
+    """
+
+    def step(i, cache):
+        _, grown = _hidden(model, jax.lax.dynamic_index_in_dim(piece, i, 1, keepdims=False), cache)
         # what a row writes after its end is where its next token goes
-        return Cache(grown.layers, jnp.where(place < length, grown.length, cache.length))
+        return Cache(grown.layers, jnp.where(first + i < length, grown.length, cache.length))
 
-    return jax.lax.fori_loop(model.config.block_size, jnp.max(length), step, cache)
+    return jax.lax.fori_loop(0, jnp.minimum(jnp.max(length) - first, piece.shape[1]), step, cache)
 
 
 def _last_logits(model: GPT, window: jax.Array) -> jax.Array:
@@ -229,86 +233,122 @@ def _slide_rows(model: GPT, window: tuple[jax.Array, jax.Array], key: jax.Array,
     return tokens.T, window
 
 
-def _join(prompt: jax.Array, new: list[jax.Array], lengths: jax.Array | None) -> jax.Array:
+def _join(prompt: Any, new: list[jax.Array], lengths: Any, xp: Any) -> Any:
     """Each row's prompt, its new tokens, then its padding: (B, T) and N new tokens -> (B, T + N) int32."""
-    joined = jnp.concatenate([jnp.asarray(prompt, jnp.int32), *new], axis=1)
+    joined = xp.concatenate([xp.asarray(each, np.int32) for each in (prompt, *new)], axis=1)
     if lengths is None:
         return joined
     T = prompt.shape[1]
-    position = jnp.arange(joined.shape[1])
-    order = jnp.where(position >= T, 1, jnp.where(position < jnp.asarray(lengths)[:, None], 0, 2))
-    return jnp.take_along_axis(joined, jnp.argsort(order, axis=1), axis=1)  # a stable sort
+    position = xp.arange(joined.shape[1])
+    order = xp.where(position >= T, 1, xp.where(position < lengths[:, None], 0, 2))
+    return xp.take_along_axis(joined, xp.argsort(order, axis=1, stable=True), axis=1)
 
 
-def _cache_of(model: GPT, prompt: jax.Array, length: jax.Array, capacity: int) -> Cache:
-    """The cache of the first `length` tokens, () or (B,), of (B, T) prompts, in pieces of few different sizes."""
+def _cache_of(model: GPT, prompt: Any, length: Any, capacity: int, xp: Any) -> Cache:
+    """The cache of the first `length` tokens, () or (B,), of (B, T) prompts.
+
+    The padding is never attended to: attention is causal, and decoding overwrites it.
+    """
     T, block_size = prompt.shape[1], model.config.block_size
-    if not T:
-        return _empty(model, len(prompt), capacity)
-    padded = jnp.pad(prompt, ((0, 0), (0, (1 << (T - 1).bit_length()) - T)))
-    cache = _prefill(model, padded[:, :block_size], length, capacity)
-    return cache if T <= block_size else _extend(model, padded, length, cache)
+    in_window, padded = min(T, block_size), xp.pad(prompt, ((0, 0), (0, max(PROMPT_PIECES))))
+    cache, done = _empty(model, len(prompt), capacity), 0
+    while done < in_window:
+        n = min(_size(PROMPT_PIECES, in_window - done), capacity)
+        start = min(done, capacity - n)  # a piece that would end outside the cache begins earlier
+        cache = _prefill(model, padded[:, start : start + n], cache._replace(length=np.int32(start)))
+        done = start + n
+    cache = cache._replace(length=xp.minimum(length, np.int32(in_window)))
+    for first in range(block_size, T, PROMPT_PIECES[-1]):
+        piece = padded[:, first : first + PROMPT_PIECES[-1]]
+        cache = _extend(model, piece, np.int32(first), length, cache)
+    return cache
 
 
-def _pieces(model, prompt, key, max_new_tokens, rule, lengths, chunk) -> Iterator[jax.Array]:
-    """The new tokens of `stream`, as if there were no stop tokens."""
-    block_size, rolls = model.config.block_size, model.config.positions == "rope"
-    prompt = jnp.asarray(prompt, jnp.int32)
+def _size(sizes: Sequence[int], left: int) -> int:
+    """The largest size of which at most a half is wasted, else the smallest."""
+    return next((size for size in sizes if size < 2 * left), sizes[-1])
+
+
+def _rolls(model: GPT) -> bool:
+    """Whether the cache of a full window goes on: distances are all that its positions mean."""
+    return model.config.positions == "rope"
+
+
+def _pieces(model, prompt, key, max_new_tokens, rule, lengths, sizes, xp) -> Iterator[jax.Array]:
+    """The new tokens of `stream`, as if there were no stop tokens.
+
+    What is not compiled is computed with `xp`: NumPy, which compiles nothing, or under jax.jit jax.numpy.
+    """
+    block_size, prompt = model.config.block_size, xp.asarray(prompt, np.int32)
     rows, T = prompt.shape
+    limit = max(NOISE // (rows * model.config.vocab_size), 1)
     token, length = prompt[:, -1], np.int32(T - 1)  # decoding starts with the last token, after `length` others
     if lengths is not None:
         # the padding may be any integers, and ids outside the table would put NaN into the cache
-        prompt = jnp.where(jnp.arange(T) < lengths[:, None], prompt, 0)
+        prompt = xp.where(xp.arange(T) < lengths[:, None], prompt, 0)
         length = lengths - 1
-        token = jnp.take_along_axis(prompt, length[:, None], axis=1)[:, 0]
-    room = max_new_tokens if rolls else block_size - T + 1 if T < block_size else 0  # a full window slides at once
+        token = xp.take_along_axis(prompt, length[:, None], axis=1)[:, 0]
+    # a full window slides at once
+    room = max_new_tokens if _rolls(model) else block_size - T + 1 if T < block_size else 0
     if room:
-        cache = _cache_of(model, prompt[:, :-1], length, capacity_for(T + max_new_tokens, block_size))
-    new, done, limit = [], 0, max(NOISE // (rows * model.config.vocab_size), 1)
+        capacity = capacity_for(T + max_new_tokens, block_size)
+        cache = _cache_of(model, prompt[:, :-1], length, capacity, xp)
+    new, done = [], 0
+
+    def first_of(piece: jax.Array, n: int) -> jax.Array:
+        new.append(piece if n == piece.shape[1] else _array(xp.asarray(piece)[:, :n]))
+        return new[-1]
+
     while done < max_new_tokens and room:
-        n = min(chunk, limit, max_new_tokens - done, room)
-        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), n)
-        new.append(tokens)
+        left = min(max_new_tokens - done, room)
+        size = min(_size(sizes, left), limit)
+        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), size)
+        n = min(size, left)
         done, room = done + n, room - n
-        yield tokens
+        yield first_of(tokens, n)
     if done == max_new_tokens:
         return
-    text, slide = _join(prompt, new, lengths), _slide
+    text, slide = _join(prompt, new, lengths, xp), _slide
     window = text[:, -block_size:]
     if lengths is not None:
-        first = jnp.maximum(lengths + done - block_size, 0)
-        window = jnp.take_along_axis(text, first[:, None] + jnp.arange(block_size), axis=1)
-        window, slide = (window, jnp.minimum(lengths + done, block_size)), _slide_rows
+        first = xp.maximum(lengths + done - block_size, 0)
+        window = xp.take_along_axis(text, first[:, None] + xp.arange(block_size), axis=1)
+        window, slide = (window, xp.minimum(lengths + done, block_size)), _slide_rows
     while done < max_new_tokens:
-        n = min(chunk, limit, max_new_tokens - done)
-        tokens, window = slide(model, window, key, rule, np.int32(done), n)
+        size = min(_size(sizes, max_new_tokens - done), limit)
+        tokens, window = slide(model, window, key, rule, np.int32(done), size)
+        n = min(size, max_new_tokens - done)
         done += n
-        yield tokens
+        yield first_of(tokens, n)
 
 
-@jax.jit
-def _fill(last: jax.Array, new: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _fill(last: Any, new: Any, stop: Any, xp: Any) -> tuple[Any, Any, Any]:
     """Fill each row of (B, n) new tokens with its first stop token, from that token on.
 
     `last`, (B,), are the tokens before them: a row whose last token is a stop token has ended already. Also return the
     new last tokens, and whether all rows have ended.
     """
-    seen = jnp.concatenate([last[:, None], new], axis=1)
-    found = jnp.isin(seen, stop)
-    filler = jnp.take_along_axis(seen, jnp.argmax(found, axis=1)[:, None], axis=1)
-    ended = jnp.cumsum(found, axis=1) > 0
-    seen = jnp.where(ended, filler, seen)
-    return seen[:, 1:], seen[:, -1], ended[:, -1].all()
+    seen = xp.concatenate([last[:, None], xp.asarray(new)], axis=1)
+    found = xp.isin(seen, stop)
+    filler = xp.take_along_axis(seen, xp.argmax(found, axis=1)[:, None], axis=1)
+    ended = xp.cumsum(found, axis=1) > 0
+    seen = xp.where(ended, filler, seen)
+    return _array(seen[:, 1:]), seen[:, -1], ended[:, -1].all()
 
 
-def _until_stop(pieces: Iterable[jax.Array], rows: int, stop: jax.Array) -> Iterator[jax.Array]:
+def _until_stop(pieces: Iterable[jax.Array], rows: int, stop: Any, xp: Any) -> Iterator[jax.Array]:
     """The pieces up to the one in which the last row ends; each row is filled with its first stop token."""
-    last = jnp.full(rows, -1, jnp.int32)  # a stop token in the prompt does not count
+    last = xp.full(rows, -1, np.int32)  # a stop token in the prompt does not count
     for piece in pieces:
-        new, last, ended = _fill(last, piece, stop)
+        new, last, ended = _fill(last, piece, stop, xp)
         yield new
-        if not isinstance(ended, jax.core.Tracer) and ended:
+        if xp is np and ended:
             return
+
+
+def _array(value: Any) -> jax.Array:
+    """An array of JAX; `jnp.asarray` would compile something for each shape."""
+    return jax.device_put(value) if isinstance(value, np.ndarray) else value
 
 
 def _check_model(model: Any) -> None:
@@ -335,7 +375,7 @@ def stream(
     Args:
         model, prompt, key, max_new_tokens, temperature, top_k, top_p, lengths: as for `generate`.
         stop: as for `generate`; no piece follows the one in which the last row ends.
-        chunk: maximum number of tokens per piece.
+        chunk: number of tokens per piece, but for the last.
 
     Returns:
         An iterator of (B, n) int32 arrays, n from 1 to chunk. A piece is computed when it is asked for.
@@ -343,15 +383,27 @@ def stream(
     Raises:
         ArgumentError: an argument has a wrong type or shape, or is out of its range.
     """
+    check_number("chunk", chunk, lambda n: operator.index(n) >= 1, "use a whole number, 1 or more")
+    rule = make_rule(temperature, top_k, top_p)
+    return _checked_pieces(model, prompt, key, max_new_tokens, rule, lengths, stop, (operator.index(chunk),))
+
+
+def _checked_pieces(model, prompt, key, max_new_tokens, rule, lengths, stop, sizes) -> Iterator[jax.Array]:
+    """The new tokens, in pieces of these sizes."""
     _check_model(model)
-    vocab_size, rule = model.config.vocab_size, make_rule(temperature, top_k, top_p)
-    for name, value in (("max_new_tokens", max_new_tokens), ("chunk", chunk)):
-        remedy = "use a whole number, 1 or more, which is static under jax.jit"
-        check_number(name, value, lambda n: operator.index(n) >= 1, remedy)
+    vocab_size, whole = model.config.vocab_size, "use a whole number, 1 or more, which is static under jax.jit"
+    check_number("max_new_tokens", max_new_tokens, lambda n: operator.index(n) >= 1, whole)
     lengths = check_prompt(prompt, lengths, vocab_size)
     stop, key = check_stop(stop, vocab_size), check_key(key)
-    pieces = _pieces(model, prompt, key, operator.index(max_new_tokens), rule, lengths, operator.index(chunk))
-    return pieces if stop is None else _until_stop(pieces, len(prompt), stop)
+    xp = _numpy_for(model, prompt, key, lengths)
+    lengths = None if lengths is None else xp.asarray(lengths, np.int32)
+    pieces = _pieces(model, prompt, key, operator.index(max_new_tokens), rule, lengths, sizes, xp)
+    return pieces if stop is None else _until_stop(pieces, len(prompt), xp.asarray(stop), xp)
+
+
+def _numpy_for(*values: Any) -> Any:
+    """NumPy, or jax.numpy if any of the values is known only when a function that is being compiled runs."""
+    return jnp if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)) else np
 
 
 def generate(
@@ -386,10 +438,9 @@ def generate(
     Raises:
         ArgumentError: an argument has a wrong type or shape, or is out of its range.
     """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "lengths": lengths, "stop": stop}
-    checks = stop is not None and not isinstance(prompt, jax.core.Tracer)
-    chunk = STOP_INTERVAL if checks else max_new_tokens
-    new = list(stream(model, prompt, key, max_new_tokens, **options, chunk=chunk))
-    if missing := max_new_tokens - sum(piece.shape[1] for piece in new):
-        new.append(jnp.repeat(new[-1][:, -1:], missing, axis=1))  # all rows have ended
-    return _join(prompt, new, lengths)
+    rule = make_rule(temperature, top_k, top_p)
+    new = list(_checked_pieces(model, prompt, key, max_new_tokens, rule, lengths, stop, PIECES))
+    xp = _numpy_for(new, prompt, lengths)
+    if missing := max_new_tokens - sum(piece.shape[1] for piece in new):  # all rows have ended
+        new.append(xp.repeat(xp.asarray(new[-1])[:, -1:], missing, axis=1))
+    return _array(_join(xp.asarray(prompt), new, None if lengths is None else xp.asarray(lengths), xp))

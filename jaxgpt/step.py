@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jaxgpt import data
 from jaxgpt.devices import sharding
+from jaxgpt.devices.keys import Keys
 from jaxgpt.model import GPT
 
 # one PRNG stream per purpose, so that no key is used twice
@@ -214,7 +215,7 @@ def loss_and_gradient(
     parts = spec.grad_accumulation
 
     def loss_of(params, part, *batch):
-        rngs = nnx.Rngs(dropout=jax.random.fold_in(key, part))
+        rngs = Keys(jax.random.fold_in(key, part))
         return mean_loss(build(spec, combined(params, frozen)), *batch, rngs=rngs, chunks=spec.loss_chunks)
 
     def add_part(total, part):

@@ -110,7 +110,9 @@ class CharTokenizer(Tokenizer):
         if not alphabet or len(set(alphabet)) != len(alphabet):
             raise ArgumentError(f"alphabet of {len(alphabet)} characters, {len(set(alphabet))} distinct: use each once")
         self.alphabet = alphabet
-        self._ids = {character: i for i, character in enumerate(alphabet)}
+        codes = _codes(alphabet)
+        self._ids = np.full(codes.max() + 2, -1, np.int32)  # of each code point; the last entry is for all above
+        self._ids[codes] = np.arange(len(codes))
         self._bytes = [character.encode() for character in alphabet]
 
     @classmethod
@@ -140,14 +142,14 @@ class CharTokenizer(Tokenizer):
         Raises:
             UnknownCharacterError: a character is not in the alphabet.
         """
-        try:
-            return np.fromiter(map(self._ids.__getitem__, _text(text)), dtype=np.int32, count=len(text))
-        except KeyError as error:
-            character = error.args[0]
+        ids = self._ids[np.minimum(_codes(_text(text)), len(self._ids) - 1)]
+        if (unknown := ids < 0).any():
+            position = int(unknown.argmax())
             raise UnknownCharacterError(
-                f"unknown character {character!r} (position {text.index(character)}): "
+                f"unknown character {text[position]!r} (position {position}): "
                 f"use only the {self.vocab_size} characters of the alphabet {shortened(repr(self.alphabet), 200)}"
-            ) from None
+            )
+        return ids
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write the tokenizer.
@@ -156,6 +158,11 @@ class CharTokenizer(Tokenizer):
             path: a tokenizer.json, in a format of our own.
         """
         _path(path).write_text(json.dumps({"type": "char", "alphabet": self.alphabet}) + "\n", encoding="utf-8")
+
+
+def _codes(text: str) -> np.ndarray:
+    """The code point of each character, (N,) uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 class BPETokenizer(Tokenizer):

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import flax
@@ -21,7 +22,7 @@ from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.files import lock, storage
 from jaxgpt.init import abstract, abstract_frozen, abstract_state, first_state, init_adapters, state_of
 from jaxgpt.layers import merged
-from jaxgpt.loop import TrainingLoop
+from jaxgpt.loop import CompiledCall, TrainingLoop, calls, compile_call
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.runs import base, init_from, metrics, report, track
@@ -61,23 +62,27 @@ def train(config: Config) -> Run:
         run.begin(shapes)
         if run.step is None and config.lora.rank:
             init_from.keep_base(config)
+        # in another thread, while weights are drawn and losses estimated
+        first_call = stack.enter_context(_compiling(config, spec, source, shapes, run.step or 0, mesh))
         state = new_state(config, donor, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
         frozen = read_frozen(config, mesh, run.manifest)
         emit = stack.enter_context(_sinks(run))
         start = start_record(config, mesh, source, state, frozen)
-        emit({**start, "mesh_before": run.manifest.get("mesh", start["mesh"]), "changed": run.changed})
-        peak = chips.Peak(list(mesh.devices.flat))
+        peak = chips.Peak(list(mesh.devices.flat), config.run.peak_tflops)
+        before = run.manifest.get("mesh", start["mesh"])
+        emit({**start, "peak_unknown": peak.is_unknown, "mesh_before": before, "changed": run.changed})
         loop = TrainingLoop(
             config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started, frozen
         )
         with stop_requests() as stop_request:
-            state = loop.run(state, stop_request)
+            state = loop.run(state, stop_request, first_call)
         with watched(source, "val", sys.stdout if processes.is_first() else None) as pieces:
             loss = evaluate(cast(combined(averaged(state), frozen), spec), pieces, chunks=spec.loss_chunks)
         run.checkpoints.wait()  # "done" is printed only once everything is safe
         elapsed, last = time.perf_counter() - started, int(state.step)
         emit({"kind": "final", "step": last, "val_loss": loss, "uniform_loss": math.log(config.model.vocab_size),
-              "elapsed_s": elapsed, "run_dir": config.run.dir, "sample": loop.sample(state, last)})  # fmt: skip
+              "elapsed_s": elapsed, "run_dir": config.run.dir, "sample": loop.sample(state, last),
+              "next": "chat" if source.tokenizer.chat_template else "sample"})  # fmt: skip
     if frozen is None:
         model = nnx.merge(spec.graphdef, averaged(state))
     else:
@@ -122,6 +127,21 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
                 sink(record)
 
         yield emit
+
+
+@contextlib.contextmanager
+def _compiling(
+    config: Config, spec: StepSpec, source: Source, shapes: TrainState, step: int, mesh: Mesh
+) -> Iterator[Future[CompiledCall] | None]:
+    """Compile the first call after a step in another thread; yields a future of it, None after the last step."""
+
+    def compile_first(call: tuple[int, int]) -> CompiledCall:
+        with jax.set_mesh(mesh):  # each thread has its own
+            return compile_call(config, spec, source, shapes, abstract_frozen(config.model, config.lora, mesh), call)
+
+    with ThreadPoolExecutor(1) as threads:
+        call = next(calls(config, step), None)
+        yield call and threads.submit(compile_first, call)
 
 
 def new_state(config: Config, donor: GPTConfig | None, spec: StepSpec, shapes: TrainState) -> TrainState:

@@ -43,6 +43,11 @@ def test_the_cost_of_float32_sums_is_measured():
     assert found["sums"] == "all" and found["wall"]["ratio"]["median"] > 0 and found["cpu"]["ratio"]["median"] > 0
 
 
+def test_the_time_to_trace_and_compile_deeper_models_is_measured():
+    found = result_of("depth.py", *SMALL, "--layers", "2")
+    assert found["layers"] == 2 and found["trace"]["median"] > 0 and found["compile"]["median"] > 0
+
+
 def test_saves_are_measured(tmp_path):
     found = result_of("saves.py", *SMALL, "--steps", "50", "--folder", str(tmp_path))
     assert found["orbax_s"][0] > 0 and found["save_s"][0] > 0 and found["rounds"] == 1

@@ -10,6 +10,7 @@ import pytest
 
 from jaxgpt import load_config
 from jaxgpt.devices import sharding
+from jaxgpt.loop import rows
 from jaxgpt.runs import metrics
 from jaxgpt.text.corpus import SHAKESPEARE_ALPHABET
 
@@ -194,7 +195,7 @@ def test_jaxgpts_side_is_made_of_what_training_is_made_of(compared):
     mesh = sharding.make_mesh(sharding.MeshConfig(1))
     with jax.set_mesh(mesh):
         loop, record, _ = jax_side.prepare(config, mesh)
-    assert loop.rows == 4 and record["parameters"] > 0
+    assert rows(loop.config) == 4 and record["parameters"] > 0
     loop.emit({"kind": "train", "step": 20, "loss": 1.0, "tokens_per_second": 9.0, "mfu": None})  # it can log
 
 

@@ -38,7 +38,7 @@ def test_generation_lowers_for_every_platform(platform):
     tokens, layer = jnp.zeros((3, 8), jnp.int32), jnp.zeros((6, 8, 8))
     cache = Cache(((layer, layer),), jnp.int32(4))
     for traced in (
-        sampling._prefill.trace(model, tokens, jnp.int32(3), model.config.block_size),
+        sampling._prefill.trace(model, tokens, cache._replace(length=jnp.int32(0))),
         sampling._decode.trace(model, tokens[:, 0], cache, key, rule, jnp.int32(1), 3),
         sampling._slide.trace(model, tokens, key, rule, jnp.int32(5), 3),
     ):

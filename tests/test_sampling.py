@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,30 @@ def test_a_shorter_cache_gives_the_same_text(monkeypatch):
     assert sampling.capacity_for(4, MODEL.config.block_size) == 4
     shorter = [generate(MODEL, prompt, jax.random.key(0), 2, lengths=given) for given in (None, lengths)]
     chex.assert_trees_all_equal(whole, shorter)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_another_length_of_prompt_or_text_compiles_nothing(positions):
+    """Counting single operations, too."""
+    model = init_model(dataclasses.replace(MODEL.config, positions=positions), seed=0)
+
+    def text(T, n, **more):
+        return generate(model, np.ones((2, T), np.int32), jax.random.key(0), n, stop=[64], **more)
+
+    for T, n in [(3, 4), (3, 100), (20, 4), (20, 100)]:  # each size of a piece, in the window and past it
+        for lengths in (None, np.array([1, T])):
+            text(T, n, lengths=lengths)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    jax.jit(lambda x: x * 3)(1.0)
+    assert compiled, "compiling is not noticed"
+    compiled.clear()
+    for T, n in [(1, 1), (2, 5), (5, 33), (8, 9), (9, 70), (13, 7), (30, 140)]:
+        assert text(T, n).shape == text(T, n, lengths=np.array([1, T])).shape == (2, T + n)
+    assert not compiled
 
 
 @pytest.mark.full

@@ -41,19 +41,35 @@ def _gpu(name: str, kinds: tuple[str, ...], tera_flops: float, gigabytes: int, g
     return Chip(name, kinds, tera_flops * 1e12, gigabytes * 10**9, gigabytes_per_s * 1e9, "gpu")
 
 
-# Google: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e
-# NVIDIA: the data sheets at https://www.nvidia.com/en-us/data-center/a100/, /h100/, /h200/, /l4/ (dense: half of the
-# figures "with sparsity")
+# Google: https://docs.cloud.google.com/tpu/docs/v4, .../v5e, .../v5p, .../v6e, .../tpu7x, where a chip is two devices
+# NVIDIA: the data sheets at https://www.nvidia.com/en-us/data-center/ a100/, h100/, h200/, l4/, l40s/, tesla-t4/,
+# products/a10-gpu/, hgx/ (B200), gb200-nvl72/; for GeForce, with float32 sums, the appendices of the white papers
+# "NVIDIA Ampere GA102 GPU architecture", "NVIDIA Ada GPU architecture" and "NVIDIA RTX Blackwell GPU architecture".
+# Dense: half of the figures "with sparsity". A T4 has no bfloat16, its figure is float16's.
+# AMD: https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html
 CHIPS = (
     _tpu("v4", ("TPU v4",), 275, 32, 1228),
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197, 16, 819),
     _tpu("v5p", ("TPU v5", "TPU v5p"), 459, 95, 2765),
     _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918, 32, 1640),
+    _tpu("v7x", ("TPU7x", "TPU v7x"), 1153.5, 96, 3690),
+    _gpu("t4", ("Tesla T4", "NVIDIA T4"), 65, 16, 320),
+    _gpu("rtx3090", ("NVIDIA GeForce RTX 3090",), 71, 24, 936),
+    _gpu("rtx4090", ("NVIDIA GeForce RTX 4090",), 165.2, 24, 1008),
+    _gpu("rtx5090", ("NVIDIA GeForce RTX 5090",), 209.5, 32, 1792),
+    _gpu("a10", ("NVIDIA A10",), 125, 24, 600),
     _gpu("l4", ("NVIDIA L4",), 121, 24, 300),
+    _gpu("l40s", ("NVIDIA L40S",), 362, 48, 864),
     _gpu("a100-40gb", ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312, 40, 1555),
+    _gpu("a100-pcie", ("NVIDIA A100 80GB PCIe",), 312, 80, 1935),
     _gpu("a100", ("NVIDIA A100-SXM4-80GB",), 312, 80, 2039),
+    _gpu("h100-pcie", ("NVIDIA H100 PCIe",), 756, 80, 2000),
+    _gpu("h100-nvl", ("NVIDIA H100 NVL",), 835, 94, 3900),
     _gpu("h100", ("NVIDIA H100 80GB HBM3",), 989, 80, 3350),
     _gpu("h200", ("NVIDIA H200",), 989, 141, 4800),
+    _gpu("b200", ("NVIDIA B200",), 2250, 180, 7700),
+    _gpu("gb200", ("NVIDIA GB200",), 2500, 186, 8000),
+    _gpu("mi300x", ("AMD Instinct MI300X", "AMD Instinct MI300X OAM"), 1307, 192, 5300),
 )
 
 
@@ -99,10 +115,23 @@ def is_old_gpu() -> bool:
 class Peak:
     """Peak FLOP/s of a list of devices together, as `flops`; None if it is unknown."""
 
-    def __init__(self, devices: list[jax.Device]):
+    def __init__(self, devices: list[jax.Device], tera_flops: float = 0.0):
+        """Look the devices up.
+
+        Args:
+            devices: of a mesh.
+            tera_flops: the peak of each, in TFLOP/s; 0 = that of the table, if it is there.
+        """
         self._devices = devices
         found = [find(device.device_kind) for device in devices]
         self.flops = sum(chip.flops for chip in found) if all(found) else None
+        if tera_flops:
+            self.flops = tera_flops * 1e12 * len(devices)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether the peak is neither known nor can be measured."""
+        return self.flops is None and self._devices[0].platform != "cpu"
 
     def measure(self) -> None:
         """On a CPU, measure the peak with a large matmul. Call it while nothing else is computing."""
@@ -111,7 +140,7 @@ class Peak:
 
 
 @functools.cache
-def matmul_flops(n: int = 1024, seconds: float = 1.0) -> float:
+def matmul_flops(n: int = 1024, seconds: float = 0.3) -> float:
     """Measure the FLOP/s of float32 matmuls on all cores of the CPU.
 
     Args:

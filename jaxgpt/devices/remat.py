@@ -5,14 +5,13 @@ from typing import Literal
 import jax
 from flax import nnx
 
+from jaxgpt.devices.keys import Keys
 from jaxgpt.devices.matmul import OUTPUT
 
 Remat = Literal["none", "dots", "full"]
 
 
-def call_block(
-    block: nnx.Module, x, keys_values, start, rngs: nnx.Rngs | None, remat: Remat, documents=None, tokens=None
-):
+def call_block(block: nnx.Module, x, keys_values, start, rngs: Keys | None, remat: Remat, documents=None, tokens=None):
     """Call a block, choosing which activations the backward pass recomputes.
 
     Args:
@@ -29,11 +28,11 @@ def call_block(
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
-    # Flax's random streams cannot be advanced inside jax.checkpoint, so we draw a key for the block outside
+    # drawn outside, because a count that goes on inside jax.checkpoint would leave it
     key = None if rngs is None else rngs.dropout()
 
     def call(x, keys_values, start, key, documents, tokens):
-        return block(x, keys_values, start, None if key is None else nnx.Rngs(dropout=key), documents, tokens)
+        return block(x, keys_values, start, None if key is None else Keys(key), documents, tokens)
 
     if remat != "none":
         policies = jax.checkpoint_policies

@@ -129,6 +129,7 @@ class Console:
             f"run      {r['run_dir']}, " + (f"continued at step {r['step']:,}" if r["step"] else "new")
             + (f", from the weights of {r['init_from']}" if r["init_from"] and not r["step"] else "")
             + "".join(f"\nchanged  {name} {old} -> {new}" for name, (old, new) in r["changed"].items())
+            + ("\nMFU      unknown for this device: give its peak, --run.peak_tflops" if r.get("peak_unknown") else "")
             + "\ncompile  ... (seconds to a minute the first time)"
         )  # fmt: skip
 
@@ -163,7 +164,7 @@ class Console:
             f"done     validation loss {r['val_loss']:.4f} over the whole split, {clock(r['elapsed_s'])} in all\n"
             f"files    {folder}: loss.png, {'samples.txt, ' if r['sample'] else ''}metrics.jsonl, checkpoints/\n"
             + (f"sample   {'-' * 60}\n{printable(r['sample'])}\n         {'-' * 60}\n" if r["sample"] else "")
-            + f"more     jaxgpt sample --run {folder}"
+            + f"more     jaxgpt {r.get('next', 'sample')} --run {folder}"
         )
 
         if not r["val_loss"] < r["uniform_loss"]:

@@ -14,9 +14,9 @@ from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.tools import ahead, plan
 
 MARGIN = 0.8  # of the memory, since the need is an estimate
-# FLOPs per step in the blocks, and how many runs per core gain up to there (`python benchmarks/sweep.py` measures it):
-# a core computes two vectorised runs no faster than one after the other, and large runs use all cores by themselves
-ON_CPU = ((2e10, 1),)
+# On a CPU, only small runs gain side by side: `python benchmarks/sweep.py` measured 1.2x for 6e7 FLOPs per step in the
+# blocks, for two runs per core and no more for further ones, and between 0.98x and 1.14x from 6e8 on
+SMALL, PER_CORE = 1e8, 2
 
 
 def limit(config: Config, at_once: int) -> tuple[int, str]:
@@ -51,10 +51,9 @@ def most_at_once(config: Config, devices: Sequence[jax.Device]) -> tuple[int, st
     most, why = max(int(MARGIN * room / each), 1), f"{_size(each)} each of {_size(room)} per device, estimated"
     if platform == "cpu":
         flops = 6 * model.block_parameters * config.data.batch_size * model.block_size
-        gaining = next((runs for size, runs in ON_CPU if flops <= size), 0)
-        if not gaining:
+        if flops > SMALL:
             return 1, f"runs of this size, {flops:.1e} FLOPs per step, gain nothing side by side on a CPU"
-        most, why = min(most, gaining), f"more than {gaining} per core gain nothing on a CPU"
+        most, why = min(most, PER_CORE), f"more than {PER_CORE} per core gain nothing on a CPU"
     return most * len(devices), why
 
 

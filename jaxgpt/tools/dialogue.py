@@ -10,10 +10,8 @@ import numpy as np
 
 from jaxgpt.errors import ArgumentError
 from jaxgpt.model import GPT, Cache
-from jaxgpt.sampling import Rule, capacity_for, sample
+from jaxgpt.sampling import PROMPT_PIECES, Rule, capacity_for, sample
 from jaxgpt.text.chat import ChatEncoder, Messages
-
-PIECES = (256, 32)  # tokens of a prompt that one call computes: a prompt of another length compiles nothing
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,7 +123,7 @@ class Writer:
         self.prefilled = len(ids) - same + 1  # the last token of the prompt is computed with the first new one
         while len(self.tokens) < len(ids):
             left = len(ids) - len(self.tokens)
-            T = min(next((size for size in PIECES if size <= left), PIECES[-1]), self._capacity)
+            T = min(next((size for size in PROMPT_PIECES if size <= left), PROMPT_PIECES[-1]), self._capacity)
             # a piece that would end outside the cache begins earlier, with tokens that are there already
             start = min(len(self.tokens), self._capacity - T)
             piece = np.zeros((1, T), np.int32)

@@ -21,12 +21,22 @@ def test_a_chip_that_is_not_in_the_table_has_no_peak_and_none_is_measured(monkey
     monkeypatch.setattr(chips, "matmul_flops", lambda: pytest.fail("a GPU was measured like a CPU"))
     peak = chips.Peak([device("NVIDIA H200", "gpu"), device("Some GPU", "gpu")])
     peak.measure()
-    assert peak.flops is None
+    assert peak.flops is None and peak.is_unknown
+
+
+def test_a_peak_that_is_given_counts_for_each_device():
+    peak = chips.Peak([device("Some GPU", "gpu")] * 2, 100.0)
+    assert peak.flops == 2e14 and not peak.is_unknown
+
+
+def test_no_two_chips_share_a_name_or_a_kind():
+    kinds = [kind for chip in chips.CHIPS for kind in chip.kinds]
+    assert len(kinds) == len(set(kinds)) and len({chip.name for chip in chips.CHIPS}) == len(chips.CHIPS)
 
 
 def test_a_cpu_is_measured_once_for_all_its_devices():
     peak = chips.Peak(jax.devices()[:1] * 2)
-    assert peak.flops is None
+    assert peak.flops is None and not peak.is_unknown
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(2))):  # as in a run
         peak.measure()
     assert peak.flops == chips.matmul_flops() > 1e9

@@ -24,10 +24,9 @@ import test_sums
 from flax.traverse_util import flatten_dict
 
 import jaxgpt
-from jaxgpt import init, step, training
+from jaxgpt import init, loop, step, training
 from jaxgpt.devices import chips, sharding
 from jaxgpt.errors import ArgumentError
-from jaxgpt.loop import TrainingLoop
 from jaxgpt.model import GPTConfig
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the GPU
@@ -58,14 +57,14 @@ def report(**values):
 @pytest.fixture
 def programs(monkeypatch):
     """The compiled training steps of the runs of a test, as text."""
-    texts, compile_step = [], TrainingLoop.compile
+    texts = []
 
-    def keep(self, *args):
-        compiled = compile_step(self, *args)
-        texts.append(compiled.as_text())
+    def keep(*args):
+        compiled = loop.compile_call(*args)
+        texts.append(compiled.call.as_text())
         return compiled
 
-    monkeypatch.setattr(TrainingLoop, "compile", keep)
+    monkeypatch.setattr(training, "compile_call", keep)
     return texts
 
 

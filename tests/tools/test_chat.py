@@ -179,7 +179,7 @@ def model(request):
 @pytest.fixture
 def small(monkeypatch):
     """Pieces and caches as small as the models."""
-    monkeypatch.setattr(dialogue, "PIECES", (8, 4))
+    monkeypatch.setattr(dialogue, "PROMPT_PIECES", (8, 4))
     monkeypatch.setattr(sampling, "CAPACITY", 8)
 
 
