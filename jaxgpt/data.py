@@ -16,6 +16,8 @@ import numpy as np
 from jaxgpt.errors import ArgumentError, JaxgptError
 from jaxgpt.settings.checks import Path, check_fields
 
+SHARED = 32  # steps whose places are drawn at a time: the drawing, half a second to compile, is compiled once
+
 
 class DataError(JaxgptError, ValueError):
     """A text or a prepared folder cannot be used."""
@@ -129,28 +131,31 @@ def windows(key: jax.Array, tokens: jax.Array, steps: jax.Array, batch_size: int
         (n, B, T + 1) in the dtype of the tokens.
     """
     chex.assert_rank([tokens, steps], 1)
-    return cut(tokens, _starts(key, steps, len(tokens) - block_size, batch_size), block_size)
+    n = len(steps)
+    steps = np.pad(np.asarray(steps), (0, -n % SHARED), mode="edge")
+    return cut(tokens, _starts(key, steps, len(tokens) - block_size, batch_size), block_size, n)
 
 
 @partial(jax.jit, static_argnames="batch_size")
 def _starts(key: jax.Array, steps: jax.Array, end: int, batch_size: int) -> jax.Array:
-    """The position of the first token of each window, (n, B). Compiled on its own: both splits share it."""
+    """The position of the first token of each window, (n, B). Compiled on its own: all splits and calls share it."""
     return jax.vmap(lambda step: jax.random.randint(jax.random.fold_in(key, step), (batch_size,), 0, end))(steps)
 
 
-@partial(jax.jit, static_argnames="block_size")
-def cut(tokens: jax.Array, starts: jax.Array, block_size: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("block_size", "n"))
+def cut(tokens: jax.Array, starts: jax.Array, block_size: int, n: int | None = None) -> jax.Array:
     """Cut windows out of a text.
 
     Args:
         tokens: (N,) unsigned integers.
         starts: (n, B) integers in [0, N - block_size), the position of the first token of each window.
         block_size: T, tokens per window, not counting its last target.
+        n: how many of the first rows of `starts` to cut out; None = all.
 
     Returns:
         (n, B, T + 1) in the dtype of the tokens.
     """
-    return tokens[starts[..., None] + jnp.arange(block_size + 1)]
+    return tokens[starts[:n, :, None] + jnp.arange(block_size + 1)]
 
 
 def inputs_and_targets(windows: jax.Array) -> tuple[jax.Array, jax.Array]:

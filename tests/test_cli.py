@@ -252,7 +252,10 @@ def wait_for(path, words, process):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGKILL, -9)],
+)
 def test_a_stopped_process_carries_on_when_its_command_is_repeated(tiny_config, tmp_path, number, code):
     (tmp_path / "recipe.yaml").write_text("")
     argv = ["train.py", "--config", str(tmp_path / "recipe.yaml"), *tiny_config, "--train.steps", "20000"]

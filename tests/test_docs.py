@@ -32,6 +32,7 @@ NOT_RUN = {
     "finetune_gpt2": "needs GPT-2's weights; tests/runs/test_init_from.py runs the recipe",
     "smollm2": "needs SmolLM2's weights; tests/text/test_dialogues.py trains on dialogues",
     "gpt2_124m.yaml --data.path": "needs accelerators; tests/test_lowering.py lowers it",
+    "modern/laptop.yaml": "takes minutes; modern/quick.yaml runs, which is the same with smaller windows",
     "gcloud": "needs a TPU pod; tests/devices/test_processes.py runs several processes",
     "for i in 0 1": "needs two machines",
     "done; wait": "needs two machines",
@@ -57,7 +58,7 @@ def why_not(command):
 RUN = list(dict.fromkeys(command for _, command in commands() if not why_not(command)))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def clone(tmp_path_factory):
     """A copy of what the pages need, with a text, a folder of texts and trained runs."""
     folder = tmp_path_factory.mktemp("clone") / "jaxgpt"
@@ -147,7 +148,6 @@ def test_figures_and_flags_of_a_recipe_are_the_same_on_the_pages_and_in_its_file
 
 
 @pytest.mark.full
-@pytest.mark.xdist_group("docs")  # one process makes the clone
 @pytest.mark.parametrize("command", RUN)
 def test_commands_run_as_written(clone, command):
     done = in_clone(clone, quickly(command) if "train.py" in command else command)

@@ -17,10 +17,7 @@ from kill_at import POINTS
 
 from jaxgpt.runs.checkpoint import Checkpoints
 
-pytestmark = [
-    pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL"),
-    pytest.mark.xdist_group("kills"),
-]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 
 INTERVAL, STEPS = 20, 400
 FLAGS = f"""--model.block_size 16 --model.n_layer 2 --model.n_head 2 --model.n_embd 32 --model.dropout 0.1
@@ -80,11 +77,14 @@ def finish(command, run_dir):
 
 
 @pytest.mark.full
-def test_killed_at_every_named_point_one_after_the_other(whole, tmp_path):
+@pytest.mark.parametrize(
+    "points", [[*POINTS][::2], pytest.param([*POINTS], marks=pytest.mark.long)], ids=["every second one", "all"]
+)
+def test_killed_at_every_named_point_one_after_the_other(whole, tmp_path, points):
     """The second time it gets there, where it gets there twice: then there is a checkpoint to lose."""
     command, run_dir = whole[0], tmp_path / "run"
     once = {"before the first small file", "between config.yaml and its name", "after the last step"}
-    for point in sorted(POINTS, key=lambda point: point == "after the last step"):
+    for point in sorted(points, key=lambda point: point == "after the last step"):
         before = reached(run_dir)
         process = start(command, run_dir, point, "1" if point in once else "2")
         said = process.communicate(timeout=120)[1]

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-pytestmark = [pytest.mark.full, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.full
 
 
 def run(*command, **options):

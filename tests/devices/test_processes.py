@@ -126,7 +126,7 @@ def test_all_processes_know_that_a_checkpoint_is_damaged(tiny_config, tmp_path):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_when_one_process_is_killed_the_other_leaves_with_8_and_the_checkpoint_is_good(tiny_config, tmp_path, victim):
     endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
     started = start(endless, processes=2)
@@ -145,7 +145,9 @@ def test_when_one_process_is_killed_the_other_leaves_with_8_and_the_checkpoint_i
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_a_signal_to_one_process_saves_and_stops_all(tiny_config, tmp_path, number, code):
     endless = [*tiny_config, "--train.steps", "1000000", "--optim.decay_steps", "40"]
     started = start(endless, processes=2)

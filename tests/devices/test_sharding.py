@@ -39,8 +39,8 @@ def on_eight_devices(command, timeout=900):
     "meshes, head, dropout, vocabulary",
     [
         (SOME, "linear", 0.1, 65),  # ids that no axis divides
-        ([ONE, (1, 1, 2)], "linear", 0.0, 22),  # ids that the axis divides
-        ([ONE, (2, 1, 2)], "linear", 0.0, 64),  # ids that each axis divides
+        pytest.param([ONE, (1, 1, 2)], "linear", 0.0, 22, marks=pytest.mark.long),  # ids that the axis divides
+        pytest.param([ONE, (2, 1, 2)], "linear", 0.0, 64, marks=pytest.mark.long),  # ids that each axis divides
         ([ONE, (1, 2, 2)], "tied", 0.0, 1031),  # a prime number of ids, padded to whole tiles
         ([ONE, (4, 1, 1)], "tied", 0.0, 65),  # each device by itself
         *(

@@ -306,7 +306,7 @@ def test_a_finished_folder_is_known_by_its_dialogues_and_by_its_template(run, tm
         made(moved)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_the_number_of_processes_changes_nothing(run, tmp_path, monkeypatch):
     monkeypatch.undo()  # of course these have templates of their own
     write(tmp_path, [{"messages": [{**m, "content": m["content"] * 300} for m in TWO_TURNS]}] * 900)
@@ -560,7 +560,7 @@ def test_an_ordered_pass_counts_each_target_of_the_mask_once(of):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("documents", ["packed", "separate"])
+@pytest.mark.parametrize("documents", [pytest.param("packed", marks=pytest.mark.long), "separate"])
 def test_a_run_trains_evaluates_and_replays_on_answers(folder, tiny_config, capsys, documents):
     path, tokens, mask, _ = folder
     flags = [*tiny_config, "--data.path", str(path), "--data.documents", documents, "--model.dropout", "0"]

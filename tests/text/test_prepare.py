@@ -198,7 +198,10 @@ def whole(play, tmp_path_factory):
 
 @pytest.mark.full
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
-@pytest.mark.parametrize("number, workers, code", [("SIGKILL", 2, -9), ("SIGTERM", 2, 75), ("SIGINT", 1, 130)])
+@pytest.mark.parametrize(
+    "number, workers, code",
+    [("SIGKILL", 2, -9), pytest.param("SIGTERM", 2, 75, marks=pytest.mark.long), ("SIGINT", 1, 130)],
+)
 def test_a_command_that_was_stopped_carries_on_to_the_same_files(play, whole, tmp_path, number, workers, code):
     (tmp_path / "command.py").write_text(COMMAND)
     out = tmp_path / "out"

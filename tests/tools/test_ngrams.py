@@ -128,7 +128,7 @@ def test_shakespeare_grows_more_certain_with_each_character_of_context(splits):
     np.testing.assert_allclose(losses, [3.347, 2.484, 2.046], atol=0.005)
 
 
-@pytest.mark.full
+@pytest.mark.long
 def test_a_bigram_model_learns_the_count_table(splits):
     config = GPTConfig(
         vocab_size=65, block_size=8, n_layer=0, n_embd=0, positions="none", lm_head="none", mlp_ratio=0,
