@@ -41,7 +41,7 @@ def model(request):
     return init_model(request.param, 0)
 
 
-@pytest.mark.parametrize("T", [1, 5, S, S + 1, 21])
+@pytest.mark.parametrize("T", [1, 5, S, S + 1, 21, 43])
 def test_the_cache_rolls_as_attention_over_the_last_keys_of_each_layer(model, T):
     prompt = np.random.default_rng(T).integers(0, 11, (2, T)).astype(np.int32)
     ours = generate(model, jnp.asarray(prompt), jax.random.key(0), 20, temperature=0)

@@ -49,6 +49,14 @@ def test_cached_tokens_are_those_of_the_lecture_s_loop(length, n):
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.full
+def test_a_piece_of_a_prompt_that_would_end_outside_the_window_begins_earlier():
+    model = init_model(dataclasses.replace(MODEL.config, block_size=40), seed=0)
+    prompt = jax.random.randint(jax.random.key(0), (2, 39), 0, 65)
+    out = generate(model, prompt, jax.random.key(1), 3)
+    np.testing.assert_array_equal(out, lecture_generate(model, prompt, jax.random.key(1), 3, make_rule()))
+
+
 @pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.full), 3, 16])
 def test_streaming_gives_the_tokens_of_generate(chunk):
     prompt = jnp.array([[1, 2, 3]])

@@ -2,6 +2,7 @@ import copy
 import hashlib
 import json
 import pickle
+import re
 import sys
 import zipfile
 
@@ -47,8 +48,9 @@ def test_a_saved_tokenizer_is_the_same(text):
 
 
 def test_unknown_character_is_named_with_its_place_and_the_alphabet():
-    with pytest.raises(UnknownCharacterError, match=r"'z' \(position 2\).*'abc'"):
-        CharTokenizer("abc").encode("abz")
+    for alphabet, unknown in (("abd", "z"), ("abd", "c"), ("abd", "\n"), ("abd", "Ç"), ("abd", "🙂"), ("abd", "\ud800")):
+        with pytest.raises(UnknownCharacterError, match=rf"{re.escape(repr(unknown))} \(position 2\).*'abd'"):
+            CharTokenizer(alphabet).encode(f"ab{unknown}")
 
 
 def test_an_error_shows_only_the_beginning_of_a_long_alphabet():

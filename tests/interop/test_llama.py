@@ -475,7 +475,8 @@ def test_smollm2_has_the_logits_and_greedy_tokens_of_transformers(tmp_path):
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(np.asarray(run.model(tokens)), their_logits(theirs.eval(), tokens), atol=2e-4)
         found = jaxgpt.generate(run.model, tokens, jax.random.key(0), 64, temperature=0.0)
-    greedy = {"do_sample": False, "max_new_tokens": 64, "min_new_tokens": 64}
+    theirs.generation_config.eos_token_id = None  # neither stops there nor, as with `min_new_tokens`, forbids it
+    greedy = {"do_sample": False, "max_new_tokens": 64}
     prompt = torch.tensor(tokens)
     expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
     np.testing.assert_array_equal(np.asarray(found), expected.numpy())

@@ -370,7 +370,7 @@ def test_a_size_that_gains_nothing_on_a_cpu_runs_one_after_the_other():
         return training.resolve(load_config(["--config", name]), 65)
 
     small, _ = at_once.most_at_once(resolved("lecture/layernorm"), jax.devices())
-    large, why = at_once.most_at_once(resolved("gpt2_124m"), jax.devices())
+    large, why = at_once.most_at_once(resolved("shakespeare_cpu"), jax.devices())
     assert small == 2 * jax.device_count() == 4 and large == 1 and "gain nothing" in why
     assert at_once.limit(with_settings(resolved("lecture/layernorm"), {"train.patience": 2}), 8)[0] == 1
     assert at_once.limit(resolved("gpt2_124m"), 8) == (8, "--at_once")
