@@ -42,7 +42,6 @@ Exit codes: 0 done, 1 bug, 2 usage or configuration, 3 data, 4 checkpoint or run
 
 def train(argv: Sequence[str]) -> None:
     """`jaxgpt train`."""
-    from jaxgpt import training
     from jaxgpt.config import Config, load_config
 
     if _asks_for_help(argv):
@@ -51,7 +50,10 @@ def train(argv: Sequence[str]) -> None:
         print(help_text(Config, "jaxgpt train --config RECIPE"))
         return
     _need_recipe(argv)
-    training.train(load_config(argv))
+    config = load_config(argv)
+    from jaxgpt import training
+
+    training.train(config)
 
 
 def plan_run(argv: Sequence[str]) -> None:
