@@ -16,7 +16,7 @@ import tempfile
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxgpt.interop import hf_tokenizer, llama
+from jaxgpt.interop import hf_tokenizer, llama, llama_config
 from jaxgpt.interop.gpt2 import flat, shapes
 from jaxgpt.model import GPTConfig
 from jaxgpt.tokenizer import CharTokenizer
@@ -44,7 +44,7 @@ def write(folder: pathlib.Path, channels: int, n_layer: int) -> int:
         save_file({name: rng.random(shape, np.float32) for name, shape in tensors.items()}, folder / file)
     index = {name: file for file, tensors in places.items() for name in tensors}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(llama.from_config(config, np.float32)))
+    (folder / "config.json").write_text(json.dumps(llama_config.from_config(config, np.float32)))
     hf_tokenizer.write(folder, CharTokenizer(ALPHABET), config.block_size)
     return sum(struct.size for struct in structs.values())
 

@@ -48,7 +48,8 @@ def test_a_saved_tokenizer_is_the_same(text):
 
 
 def test_unknown_character_is_named_with_its_place_and_the_alphabet():
-    for alphabet, unknown in (("abd", "z"), ("abd", "c"), ("abd", "\n"), ("abd", "Ç"), ("abd", "🙂"), ("abd", "\ud800")):
+    alphabet = "abd"
+    for unknown in ("z", "c", "\n", "Ç", "🙂", "\ud800"):
         with pytest.raises(UnknownCharacterError, match=rf"{re.escape(repr(unknown))} \(position 2\).*'abd'"):
             CharTokenizer(alphabet).encode(f"ab{unknown}")
 

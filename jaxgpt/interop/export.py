@@ -19,7 +19,7 @@ from jaxgpt.config import ConfigError
 from jaxgpt.devices.sharding import name_of
 from jaxgpt.files.download import DownloadError
 from jaxgpt.init import abstract
-from jaxgpt.interop import gpt2, hf_tokenizer, llama, page, peft
+from jaxgpt.interop import gpt2, hf_tokenizer, llama, llama_config, page, peft
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.runs.loading import Run, Step, load
 from jaxgpt.settings.checks import Path, check_fields
@@ -120,7 +120,7 @@ def write_huggingface(folder: pathlib.Path, run: Run) -> None:
     model, tokenizer, params = run.model.config, run.tokenizer, params_of(run.model)
     dtype = run.model.token_embedding_table.embedding.dtype
     if model.positions == "rope":
-        config = llama.from_config(model, dtype, tokenizer.ends, tokenizer.bos)
+        config = llama_config.from_config(model, dtype, tokenizer.ends, tokenizer.bos)
         tensors = llama.to_tensors(params, model)
         _write_json(folder / GENERATION, {name: config[name] for name in ("bos_token_id", "eos_token_id")})
     else:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from jaxgpt.errors import CheckpointError
 from jaxgpt.files import tokenizer_settings
 from jaxgpt.files.screen import progress
-from jaxgpt.interop import gguf_file, gpt2, hub, llama
+from jaxgpt.interop import gguf_file, gpt2, hub, llama, llama_config
 from jaxgpt.interop.torch_checkpoint import Tensor, TorchFile
 from jaxgpt.model import GPTConfig
 from jaxgpt.tokenizer import Tokenizer, from_json
@@ -103,7 +103,7 @@ def huggingface(file: pathlib.Path) -> Weights:
     stored, found = _json(file.with_name("config.json")), {}
     for part in _parts(file):
         found |= _tensors(part)
-    if stored.get("model_type", "gpt2") != "gpt2" or llama.is_ours(stored):
+    if stored.get("model_type", "gpt2") != "gpt2" or llama_config.is_ours(stored):
         where = {llama.plain(name): found[name] for name in sorted(found, reverse=True)}
         return _llama(where, stored, file)
     where = {gpt2.plain(name): found[name] for name in sorted(found, reverse=True)}
@@ -133,10 +133,10 @@ def gguf(path: pathlib.Path) -> Weights:
 
 def _llama(where: dict[str, Location], stored: dict[str, Any], file: pathlib.Path) -> Weights:
     """The weights of a model of Llama's form, once they are seen to be what its configuration says."""
-    llama.to_config(stored, 1)  # what it refuses is told before what the tensors contradict
+    llama_config.to_config(stored, 1)  # what it refuses is told before what the tensors contradict
     if llama.TABLE not in where:
         raise CheckpointError(f"no token embedding ({file}, {llama.TABLE}): import a folder saved by transformers")
-    weights = Weights(where, lambda ids: llama.to_config(stored, ids), False, file.parent, llama.TABLE)
+    weights = Weights(where, lambda ids: llama_config.to_config(stored, ids), False, file.parent, llama.TABLE)
     if (rows := weights.rows) != stored.get("vocab_size", rows):
         raise CheckpointError(
             f"config.json contradicts a tensor ({file}, vocab_size {stored['vocab_size']}, {rows} rows of "

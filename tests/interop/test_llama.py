@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.errors import CheckpointError
-from jaxgpt.interop import gpt2, importing, llama, weights
+from jaxgpt.interop import gpt2, importing, llama_config, weights
 from jaxgpt.interop.gpt2 import FormatError
 from jaxgpt.model import GPTConfig
 from jaxgpt.tokenizer import CharTokenizer
@@ -113,7 +113,7 @@ READ = {
 @pytest.mark.parametrize("case", READ)
 def test_a_config_is_read_as_what_transformers_computes(case):
     theirs, ours = READ[case]
-    assert llama.to_config(changed(theirs), 7) == dataclasses.replace(OURS, **ours)
+    assert llama_config.to_config(changed(theirs), 7) == dataclasses.replace(OURS, **ours)
 
 
 REFUSED = {
@@ -154,7 +154,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_we_do_not_compute_is_refused_by_name(name):
     with pytest.raises(CheckpointError, match=r"\(config\.json|contradicts itself") as caught:
-        llama.to_config(changed(REFUSED[name]), 7)
+        llama_config.to_config(changed(REFUSED[name]), 7)
     named = {"another scaling": "type yarn"}.get(name, name)
     assert named in str(caught.value) and "): " in str(caught.value)
 
@@ -171,11 +171,11 @@ FORMS = {
 @pytest.mark.parametrize("name, switches", [(name, each) for name, several in FORMS.items() for each in several])
 def test_a_model_goes_out_in_the_form_that_has_its_switches_and_comes_back(name, switches):
     config = dataclasses.replace(OURS, **switches)
-    stored = json.loads(json.dumps(llama.from_config(config, np.float32, (2, 3), 1)))
+    stored = json.loads(json.dumps(llama_config.from_config(config, np.float32, (2, 3), 1)))
     assert stored["architectures"] == [name] and stored["eos_token_id"] == [2, 3]
-    assert llama.to_config(stored, 7) == config
+    assert llama_config.to_config(stored, 7) == config
     for spelling in (("rope_theta", "rope_scaling"), ("rope_parameters",)):  # of transformers 4, and of 5
-        assert llama.to_config({key: value for key, value in stored.items() if key not in spelling}, 7) == config
+        assert llama_config.to_config({key: value for key, value in stored.items() if key not in spelling}, 7) == config
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_model_goes_out_in_the_form_that_has_its_switches_and_comes_back(name,
 )
 def test_a_switch_that_has_no_place_is_named(switches, named):
     with pytest.raises(FormatError, match=named):
-        llama.from_config(dataclasses.replace(OURS, **switches), np.float32)
+        llama_config.from_config(dataclasses.replace(OURS, **switches), np.float32)
 
 
 def params_of(folder, dtype=np.float32):
