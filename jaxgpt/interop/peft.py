@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxgpt.config import ConfigError
-from jaxgpt.interop import gpt2, llama
+from jaxgpt.interop import gpt2, llama, llama_config
 from jaxgpt.layers import LoRAConfig
 from jaxgpt.model import GPTConfig
 from jaxgpt.runs.checkpoint import Checkpoints
