@@ -49,8 +49,12 @@ def names(config: GPTConfig) -> dict[str, str]:
     Raises:
         FormatError: transformers has no such model.
     """
-    form, prefix = (llama, "model.") if config.positions == "rope" else (gpt2, "transformer.")
-    form.check_form(config)
+    if config.positions == "rope":
+        form, prefix = llama, "model."
+        llama_config.check_form(config)
+    else:
+        form, prefix = gpt2, "transformer."
+        gpt2.check_form(config)
     return {ours: prefix + theirs for ours, theirs in form.table(config.n_layer).items()}
 
 
