@@ -117,8 +117,8 @@ class TrainingLoop:
         chunk = jax.device_get(chunk)
         now, config = time.perf_counter(), self.config
         n = len(chunk["loss"])
-        speed, peak = n * rows(self.config) * config.model.block_size / (now - began), self.peak.flops
-        mfu = peak and speed * self.flops_per_token / peak
+        speed = n * rows(self.config) * config.model.block_size / (now - began)
+        mfu = self.peak.part(speed * self.flops_per_token)
         pace = {"tokens_per_second": speed, "mfu": mfu, "elapsed_s": now - self.started}
         for i in range(n):
             row = {"step": first + i + 1} | {

@@ -122,7 +122,7 @@ class Peak:
             devices: of a mesh.
             tera_flops: the peak of each, in TFLOP/s; 0 = that of the table, if it is there.
         """
-        self._devices = devices
+        self._devices, self._given = devices, bool(tera_flops)
         found = [find(device.device_kind) for device in devices]
         self.flops = sum(chip.flops for chip in found) if all(found) else None
         if tera_flops:
@@ -137,6 +137,16 @@ class Peak:
         """On a CPU, measure the peak with a large matmul. Call it while nothing else is computing."""
         if self.flops is None and jax.process_count() == 1 and self._devices[0].platform == "cpu":
             self.flops = matmul_flops()
+
+    def part(self, flops: float) -> float | None:
+        """Return which part of the peak a speed in FLOP/s is; None if the peak is unknown.
+
+        A measured peak that is below the speed is forgotten: other programs ran while it was measured.
+        """
+        if self.flops and flops > self.flops and self._devices[0].platform == "cpu" and not self._given:
+            self.flops = None
+            matmul_flops.cache_clear()
+        return self.flops and flops / self.flops
 
 
 @functools.cache
