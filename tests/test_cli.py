@@ -20,6 +20,7 @@ from jaxgpt import cli
 from jaxgpt.errors import JaxgptError, JaxgptWarning
 from jaxgpt.files import download
 from jaxgpt.runs import manifest
+from jaxgpt.tools import failures
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -456,7 +457,7 @@ class Odd(Exception):
     ],
 )
 def test_only_errors_meant_for_users_and_the_system_s_are_no_bugs(error, code, words):
-    found, line = cli.describe(error)
+    found, line = failures.describe(error)
     assert found == code and words in line
 
 

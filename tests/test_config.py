@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import Config, GPTConfig, cli, load_config, optim
+from jaxgpt import Config, GPTConfig, load_config, optim
 from jaxgpt import config as configs
 from jaxgpt.config import ConfigError
 from jaxgpt.data import DataConfig
@@ -18,6 +18,7 @@ from jaxgpt.runs import changes
 from jaxgpt.settings import flags
 from jaxgpt.settings.checks import Path
 from jaxgpt.text.prepare import PrepareArgs
+from jaxgpt.tools import failures
 from jaxgpt.tools.evaluate import EvalArgs
 from jaxgpt.tools.ladder import LadderArgs
 from jaxgpt.tools.replay import ReplayArgs
@@ -297,5 +298,5 @@ def test_the_cosine_ends_with_the_run_unless_told_otherwise():
 @pytest.mark.parametrize("text", ["x" * 50_000, "ä\x1b" * 30_000])
 def test_an_error_line_is_short_however_long_its_cause(text):
     for error in (ConfigError(f"no such thing (here, {text}): do this"), ArgumentError(text)):
-        code, line = cli.describe(error)
+        code, line = failures.describe(error)
         assert code == 2 and len(line) < 1100 and line.endswith(str(error)[-100:].replace("\x1b", "\\x1b")[-100:])

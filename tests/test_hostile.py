@@ -18,10 +18,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from jaxgpt import cli, config, sampling
+from jaxgpt import config, sampling
 from jaxgpt import tokenizer as tokenizers
 from jaxgpt.interop import gpt2, torch_checkpoint, weights
 from jaxgpt.runs import manifest
+from jaxgpt.tools import failures
 
 CHARACTERS = tokenizers.CharTokenizer("abc\n")
 BYTES = tokenizers.BPETokenizer.train(["the king of the night"], 265)
@@ -39,7 +40,7 @@ def in_words(function, *arguments, code):
     try:
         return function(*arguments)
     except Exception as error:
-        found, message = cli.describe(error)
+        found, message = failures.describe(error)
         assert found in code, (found, message)
         assert message and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", message)
         return None
