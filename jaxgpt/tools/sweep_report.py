@@ -192,6 +192,9 @@ def _draw_losses(axes, name: str, values: list[Any], records: Sequence[Record]) 
             axes.plot([place[value]] * len(losses[value]), losses[value], ".", color=line.get_color())
     if numeric and min(values) > 0 and max(values) >= 8 * min(values):
         axes.set_xscale("log")
+        if len(values) <= 8:  # matplotlib's own labels would lie over each other
+            axes.set_xticks(values, [f"{value:g}" for value in values])
+            axes.minorticks_off()
     elif not numeric:
         axes.set_xticks(range(len(values)), [str(value) for value in values])
     axes.set_xlabel(name)

@@ -200,6 +200,16 @@ def test_each_kind_of_setting_is_drawn(tmp_path):
         assert sweep_report.draw(tmp_path).stat().st_size > 10_000
 
 
+def test_rates_are_marked_where_they_are():
+    from matplotlib.figure import Figure
+
+    axes, rates = Figure().subplots(), [5e-4, 1e-3, 4e-3]
+    records = [record(i, 2.0, **{"optim.learning_rate": rate}) for i, rate in enumerate(rates)]
+    sweep_report._draw_losses(axes, "optim.learning_rate", rates, records)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.0005", "0.001", "0.004"]
+    assert axes.get_xticklabels(minor=True) == []
+
+
 def flags_of(text_file, folder, *more):
     (folder / "recipe.yaml").touch()
     flags = ["--config", str(folder / "recipe.yaml"), "--data.path", str(text_file), *TINY]
