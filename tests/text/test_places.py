@@ -1,10 +1,10 @@
 import pytest
 from etils import epath
 
-from jaxgpt import cli
 from jaxgpt.data import DataConfig, DataError
 from jaxgpt.text import corpus, inputs, places, source, token_folder
 from jaxgpt.text.prepare import PrepareArgs, prepare
+from jaxgpt.tools import failures
 
 URLS = ["https://example.org/a.txt", "http://example.org/a?b=0.5", "file:///tmp/a.txt", "HTTPS://a", "://a", "a b://c"]
 DOORS = {
@@ -24,7 +24,7 @@ def test_an_address_that_cannot_be_read_is_one_line_with_the_remedy(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="download it") as caught:
         DOORS[door](url)
-    assert cli.describe(caught.value)[0] == 3
+    assert failures.describe(caught.value)[0] == 3
     assert list(tmp_path.iterdir()) == []
 
 
