@@ -5,7 +5,7 @@ python benchmarks/recipes.py runs RECIPE RECIPE ... [--rounds N] [--dir D] [--se
 The recipes take turns, in one order and then in the other. `steps` measures calls of training steps in one process.
 `runs` starts each recipe's command in a fresh process, with another seed each round; its training time is from the
 first to the last `train` record, evaluations included. `--dir` keeps the runs, under the names that `jaxgpt ladder`
-looks for. Ratios are to the first recipe, within a round.
+looks for; those that are finished there are read. Ratios are to the first recipe, within a round.
 Prints one JSON line a recipe.
 """
 
@@ -46,7 +46,7 @@ def runs(recipe: str, folder: pathlib.Path, flags: list[str]):
     """A function that trains to the end and returns the loss over the whole split and the seconds of training."""
 
     def measure(seed: int) -> dict[str, float]:
-        run = folder / f"{pathlib.PurePath(recipe).name}-{seed}"
+        run = folder / f"{pathlib.PurePath(recipe).stem}-{seed}"
         command = [sys.executable, "-m", "jaxgpt", "train", "--config", recipe, "--run.dir", str(run)]
         subprocess.run([*command, "--seed", str(seed), *flags], check=True, stdout=sys.stderr)
         lines = (run / "metrics.jsonl").read_text().splitlines()

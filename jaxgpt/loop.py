@@ -176,14 +176,14 @@ class TrainingLoop:
         self.run_dir.save(step, vars(state), val_loss=val_loss, patience=patience._asdict(), mesh=self.mesh)
 
     def run(
-        self, state: TrainState, stop_request: Callable[[], int | None], first_call: Future[CompiledCall]
+        self, state: TrainState, stop_request: Callable[[], int | None], first_call: Future[CompiledCall] | None
     ) -> TrainState:
         """Train to the last step, or until patience is spent, or until a signal comes; then everything is saved.
 
         Args:
             state: to start from; its memory is taken over.
             stop_request: the number of the signal that came, None while there was none.
-            first_call: from `compile_call`, which may still be at work.
+            first_call: from `compile_call`, which may still be at work; None if the run has ended already.
 
         Raises:
             Stopped: there was a signal.
@@ -193,7 +193,7 @@ class TrainingLoop:
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
         step, ended, waiting, compiled = int(state.step), 0.0, [], {}
         patience = Patience(**self.run_dir.manifest.get("patience", {}))
-        if patience.is_spent(config.patience):
+        if first_call is None:
             return state
         if step == 0:
             loss = self.estimate_and_sample(state, step)

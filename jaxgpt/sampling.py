@@ -375,7 +375,7 @@ def stream(
     Args:
         model, prompt, key, max_new_tokens, temperature, top_k, top_p, lengths: as for `generate`.
         stop: as for `generate`; no piece follows the one in which the last row ends.
-        chunk: number of tokens per piece, but for the last.
+        chunk: maximum number of tokens per piece; the last one, and the one that fills the window, may have fewer.
 
     Returns:
         An iterator of (B, n) int32 arrays, n from 1 to chunk. A piece is computed when it is asked for.

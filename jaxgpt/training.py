@@ -22,7 +22,7 @@ from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.files import lock, storage
 from jaxgpt.init import abstract, abstract_frozen, abstract_state, first_state, init_adapters, state_of
 from jaxgpt.layers import merged
-from jaxgpt.loop import CompiledCall, TrainingLoop, calls, compile_call
+from jaxgpt.loop import CompiledCall, Patience, TrainingLoop, calls, compile_call
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.runs import base, init_from, metrics, report, track
@@ -63,7 +63,7 @@ def train(config: Config) -> Run:
         if run.step is None and config.lora.rank:
             init_from.keep_base(config)
         # in another thread, while weights are drawn and losses estimated
-        first_call = stack.enter_context(_compiling(config, spec, source, shapes, run.step or 0, mesh))
+        first_call = stack.enter_context(_compiling(config, spec, source, shapes, run, mesh))
         state = new_state(config, donor, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
         frozen = read_frozen(config, mesh, run.manifest)
         emit = stack.enter_context(_sinks(run))
@@ -131,16 +131,17 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
 
 @contextlib.contextmanager
 def _compiling(
-    config: Config, spec: StepSpec, source: Source, shapes: TrainState, step: int, mesh: Mesh
+    config: Config, spec: StepSpec, source: Source, shapes: TrainState, run: RunDirectory, mesh: Mesh
 ) -> Iterator[Future[CompiledCall] | None]:
-    """Compile the first call after a step in another thread; yields a future of it, None after the last step."""
+    """Compile the first call of a run in another thread; yields a future of it, None if the run has ended already."""
 
     def compile_first(call: tuple[int, int]) -> CompiledCall:
         with jax.set_mesh(mesh):  # each thread has its own
             return compile_call(config, spec, source, shapes, abstract_frozen(config.model, config.lora, mesh), call)
 
     with ThreadPoolExecutor(1) as threads:
-        call = next(calls(config, step), None)
+        ended = Patience(**run.manifest.get("patience", {})).is_spent(config.train.patience)
+        call = None if ended else next(calls(config, run.step or 0), None)
         yield call and threads.submit(compile_first, call)
 
 

@@ -28,14 +28,16 @@ def test_every_trick_is_measured(trick):
 
 
 @pytest.mark.parametrize("what", ["steps", "runs"])
-def test_recipes_are_measured_beside_each_other(what):
+def test_recipes_are_measured_beside_each_other(what, tmp_path):
     recipe, short = (
         str(ROOT / "configs/lecture/bigram.yaml"),
         ("--train.steps", "40", "--train.log_interval", "10", "--train.steps_per_call", "10") if what == "runs" else (),
     )
-    found = result_of("recipes.py", what, recipe, "--rounds", "2", *short)
+    kept = ("--dir", str(tmp_path)) if what == "runs" else ()
+    found = result_of("recipes.py", what, recipe, "--rounds", "2", *kept, *short)
     assert found["recipe"] == recipe and found["seconds"] > 0 and found["ratio"] == 1
     assert what == "steps" or (len(found["losses"]) == 2 and found["losses"][0] != found["losses"][1])
+    assert len(list(tmp_path.glob("bigram-*/loss.png"))) == 2 * bool(kept)
 
 
 def test_the_cost_of_float32_sums_is_measured():

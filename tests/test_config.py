@@ -116,6 +116,7 @@ def test_switches_take_a_word_or_stand_alone(spelling):
             ["--model.n_layr", "3"],
             r"unknown option \(command line, --model.n_layr\): perhaps you meant --model.n_layer",
         ),
+        (["--run.peak_tflops", "-1"], r"peak_tflops is -1.0 \(command line, run\): use a number above 0"),
         (["--n_layer", "3"], "perhaps you meant --model.n_layer"),
         (["--learning-rate", "3"], "perhaps you meant --optim.learning_rate"),
         (["--zzz", "3"], "--help lists all"),
