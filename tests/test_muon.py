@@ -266,8 +266,8 @@ def test_on_a_mesh_losses_are_the_same_and_each_device_orthogonalises_its_share(
     assert "Involuntary full rematerialization" not in done.stderr
     found = json.loads(done.stdout)
     for mesh in meshes:
-        # sums over devices are rounded in another order, which Newton-Schulz iterations enlarge in small directions
-        np.testing.assert_allclose(found[mesh]["losses"], found["1,1,1"]["losses"], rtol=0, atol=2e-5, err_msg=mesh)
+        # sums over devices are rounded in another order: 2e-6
+        np.testing.assert_allclose(found[mesh]["losses"], found["1,1,1"]["losses"], rtol=0, atol=5e-6, err_msg=mesh)
         devices = math.prod(int(size) for size in mesh.split(","))
         square, wide = (math.ceil(n / devices) for n in (8, 4))  # matrices per device
         assert found[mesh]["flops"] == 2 * 64**3 * (9 * square + (2 * 4 + 9) * wide)
