@@ -305,7 +305,7 @@ class Terminal:
         return shown
 
     def interrupt(self, pattern):
-        """Press Ctrl-C until a pattern is shown: a signal just before Python waits for a key is seen at the next one."""
+        """Press Ctrl-C until a pattern is shown: a signal just before Python waits for a key is seen later."""
         for _ in range(29):
             self.type("\x03")
             with contextlib.suppress(AssertionError):
