@@ -59,9 +59,8 @@ class DistributedConfig:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_number):
-    os.write(
-        2, b"jaxgpt: error: another process of the run died or never connected (see above): start all of them again\n"
-    )
+    gone = b"another process of the run is gone or never connected (see above): start all of them again"
+    os.write(2, b"jaxgpt: error: " + gone + b"\n")
     os._exit(8)
 
 
