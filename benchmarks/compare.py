@@ -90,6 +90,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for flag, metavar, what in (
         ("--nanogpt", "DIR", "a clone of nanoGPT: its model instead of the reference, its whole train.py for "
          "startup and loss; for recipe, generate, startup, loss and the gpt2 works"),
+        ("--ours", "RECIPE", "for startup and loss: the recipe that jaxgpt trains (default: that of the other side)"),
         ("--text", "FILE", "a text of the lecture's 65 characters (default: the recipe's named corpus)"),
         ("--tokens", "DIR", "for gpt2: a folder that `jaxgpt prepare` made with GPT-2's tokenizer (default: 50 million "
          "random tokens)"),
@@ -103,6 +104,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     if args.rounds < 1:
         parser.error(f"rounds is {args.rounds}: use 1 or more")
+    if args.ours and args.work not in ("startup", "loss", "loss-warm"):
+        parser.error(f"no other recipe for {args.work} (--ours, {args.ours}): it is for startup and loss")
     if args.nanogpt and not pathlib.Path(args.nanogpt, "model.py").is_file():
         parser.error(f"not a clone of nanoGPT (--nanogpt, {args.nanogpt}): name the folder that holds its model.py")
     return args, flags

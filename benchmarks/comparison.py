@@ -183,7 +183,8 @@ class Comparison:
         """A new run of a side in the folder `work`."""
         if side == "jaxgpt":
             often = ["--train.log_interval", "1"] if self.case.kind == "startup" else []  # as nanoGPT's command has it
-            return whole_runs.jaxgpt_command([*self.flags, *often, "--seed", str(seed)], str(work / "run"))
+            flags = ["--config", self.args.ours, *self.flags[2:]] if self.args.ours else self.flags
+            return whole_runs.jaxgpt_command([*flags, *often, "--seed", str(seed)], str(work / "run"))
         if side == "nanogpt eager":
             fraction, tokens = self.config.data.train_fraction, np.load(self.tokens)
             whole_runs.prepare_nanogpt(self.clone, tokens, self.vocab_size, fraction, work)

@@ -240,6 +240,17 @@ def test_a_clone_s_model_is_in_the_module_where_torch_compile_looks_for_it(compa
     assert sys.modules[type(model).__module__].GPT is type(model)
 
 
+def test_another_recipe_on_our_side_leaves_the_other_side_as_it_is(compared, tmp_path, capsys):
+    found, same = compared("loss", "--ours", "modern/quick"), compared("loss")
+    ours = load_config(found.command("jaxgpt", 7, tmp_path)[4:])
+    assert (ours.optim.optimizer, ours.train.steps, ours.seed) == ("muon", 300, 7)
+    assert found.config == same.config and same.config.train.steps == 2000
+    assert found.command("pytorch eager", 7, tmp_path) == same.command("pytorch eager", 7, tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        parse(["recipe", "--ours", "modern/quick"])
+    assert "for startup and loss" in capsys.readouterr().err
+
+
 def test_sides_that_differ_are_not_compared():
     same = {"parameters": 42, "tokens_per_step": 8}
     comparison.check_same_work({"ours": same, "theirs": dict(same)})
