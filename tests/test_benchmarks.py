@@ -27,7 +27,7 @@ def test_every_trick_is_measured(trick):
     assert found["trick"] == trick and found["with"] > 0 and found["without"] > 0 and found["ratio"] > 0
 
 
-@pytest.mark.parametrize("what", ["steps", "runs"])
+@pytest.mark.parametrize("what", ["steps", pytest.param("runs", marks=pytest.mark.long)])
 def test_recipes_are_measured_beside_each_other(what, tmp_path):
     recipe, short = (
         str(ROOT / "configs/lecture/bigram.yaml"),
@@ -40,6 +40,7 @@ def test_recipes_are_measured_beside_each_other(what, tmp_path):
     assert len(list(tmp_path.glob("bigram-*/loss.png"))) == 2 * bool(kept)
 
 
+@pytest.mark.long
 def test_the_cost_of_float32_sums_is_measured():
     found = result_of("sums.py", *SMALL, "--steps", "2")
     assert found["sums"] == "all" and found["wall"]["ratio"]["median"] > 0 and found["cpu"]["ratio"]["median"] > 0

@@ -1,4 +1,7 @@
-"""Every command in README.md and docs/ runs as it is written, or is listed with the reason why no test runs it."""
+"""Every command in README.md and docs/ runs as it is written, or is listed with the reason why no test runs it.
+
+The full tier runs the first of each kind, the long tier all.
+"""
 
 import itertools
 import os
@@ -55,7 +58,8 @@ def why_not(command):
     return next((reason for part, reason in NOT_RUN.items() if part in command), None)
 
 
-RUN = list(dict.fromkeys(command for _, command in commands() if not why_not(command)))
+RUN = dict.fromkeys(command for _, command in commands() if not why_not(command))
+FIRST = {tuple(command.split()[:2]): command for command in reversed(RUN)}.values()  # of each program and its command
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +152,7 @@ def test_figures_and_flags_of_a_recipe_are_the_same_on_the_pages_and_in_its_file
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("command", RUN)
+@pytest.mark.parametrize("command", [pytest.param(c, marks=[] if c in FIRST else pytest.mark.long) for c in RUN])
 def test_commands_run_as_written(clone, command):
     done = in_clone(clone, quickly(command) if "train.py" in command else command)
     assert done.returncode == 0, f"{command}: {done.stdout[-800:]}{done.stderr[-800:]}"

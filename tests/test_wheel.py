@@ -53,6 +53,7 @@ def test_the_metadata_names_what_an_index_shows(wheel):
     assert "License-File: LICENSE" in metadata and "# jaxgpt" in metadata
 
 
+@pytest.mark.long
 def test_a_wheel_in_an_empty_environment_trains_outside_of_any_clone(wheel, tmp_path, text):
     run(sys.executable, "-m", "venv", str(tmp_path / "env"))
     programs = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")

@@ -276,9 +276,13 @@ def talker(tmp_path_factory):
 class Terminal:
     """`jaxgpt chat` in a pseudo-terminal; its stderr goes to a file."""
 
-    CONTROL = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
-    )
+    # a shell gives what it starts the terminal, and Ctrl-C, which is ignored where the tests run in the background
+    CONTROL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.executable, sys.argv[1:])
+"""
 
     def __init__(self, stderr, *flags):
         self.master, slave = os.openpty()
