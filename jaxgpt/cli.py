@@ -5,7 +5,6 @@ Each command imports only what it needs, so that it starts quickly.
 
 import contextlib
 import difflib
-import gc
 import json
 import pathlib
 import sys
@@ -239,9 +238,6 @@ RESULTS = {"sample", "chat", "eval", "plan", "report", "replay", "doctor"}  # wh
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    gc.set_threshold(
-        500_000
-    )  # imports and traces allocate much and free little: looking for garbage takes 0.4 s of them
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
     for stream in (sys.stdout, sys.stderr):
