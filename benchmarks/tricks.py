@@ -6,6 +6,7 @@ python benchmarks/tricks.py TRICK [--config FILE] [--rounds N] [--steps N] [--ba
   bfloat16    training: --train.dtype bfloat16 against float32
   muon        training: --optim.optimizer muon against adamw; what Muon costs, so the ratio is below 1
   dropout     training: a byte for each value's mask against nnx.Dropout's 32 bits
+  one_row     generation of one text: products in two parts, as devices/matmul.py has them, against whole ones
   last_block  generation past the window: the last block for the last token against all of it
   rolling     generation past the window: a cache that rolls against the window recomputed, with positions rope
 Prints one JSON line: steps (or tokens) per second of both, and median and range of the paired ratios.
@@ -14,6 +15,7 @@ Prints one JSON line: steps (or tokens) per second of both, and median and range
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import statistics
 import sys
@@ -30,7 +32,7 @@ from jaxgpt.devices import matmul, sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.training import mesh_config, resolve, step_spec
 
-TRICKS = ["matmul", "devices", "bfloat16", "muon", "dropout", "last_block", "rolling"]
+TRICKS = ["matmul", "devices", "bfloat16", "muon", "dropout", "one_row", "last_block", "rolling"]
 
 
 class Training:
@@ -94,7 +96,7 @@ class Rolling:
 def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training | Sliding | Rolling]:
     """With the trick, and without it."""
     ours = mesh_config(config)
-    config = resolve(config, 65)
+    config = resolve(config, config.model.vocab_size or 65)
     match trick:
         case "matmul":
             with_it = Training(config, ours, n)
@@ -115,6 +117,12 @@ def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training |
             model.Dropout, kept = Wide, model.Dropout
             without = Training(config, ours, n)
             model.Dropout = kept
+        case "one_row":
+            with_it = Rolling(config, rows)
+            matmul.LARGE, kept = math.inf, matmul.LARGE
+            jax.clear_caches()
+            without = Rolling(config, rows)
+            matmul.LARGE = kept
         case "last_block":
             with_it = Sliding(config, sampling._last_logits, rows)
             without = Sliding(config, lambda model, window: model(window)[:, -1], rows)
@@ -148,7 +156,7 @@ def main():
         "devices": str(jax.devices()),
         "jax": jax.__version__,
     }
-    unit = "tokens/s" if args.trick in ("last_block", "rolling") else "steps/s"
+    unit = "tokens/s" if args.trick in ("one_row", "last_block", "rolling") else "steps/s"
     print(json.dumps({"trick": args.trick, "unit": unit, **result, **machine, "command": " ".join(sys.argv)}))
 
 

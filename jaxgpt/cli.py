@@ -5,6 +5,7 @@ Each command imports only what it needs, so that it starts quickly.
 
 import contextlib
 import difflib
+import gc
 import json
 import pathlib
 import sys
@@ -50,6 +51,7 @@ def train(argv: Sequence[str]) -> None:
     config = load_config(argv)
     from jaxgpt import training
 
+    _imported()
     training.train(config)
 
 
@@ -63,6 +65,7 @@ def plan_run(argv: Sequence[str]) -> None:
         return
     _need_recipe(argv)
     config = load_config(argv, plan.PlanConfig)
+    _imported()
     record = plan.plan(config)
     print(json.dumps(record) if config.json else plan.table(record))
 
@@ -79,6 +82,7 @@ def sweep_settings(argv: Sequence[str]) -> None:
     if "report" not in flags:
         _need_recipe(argv)
     config = load_config(argv, sweep.SweepConfig)
+    _imported()
     if not config.report:
         ours = {"vary", "at_once", "keep", "run.dir", "run.resume"}
         sweep.sweep(config, {name: value for name, value in flags.items() if name not in ours})
@@ -212,7 +216,16 @@ def _run(cls: type, argv: Sequence[str], prog: str, command: Callable) -> None:
     if _asks_for_help(argv):
         print(help_text(cls, prog))
     else:
+        _imported()
         command(parse(cls, split_flags(argv, cls), "command line"))
+
+
+def _imported() -> None:
+    """Search for garbage again, but not in what the imports made. None was searched for meanwhile, so that training
+    starts 0.3 s sooner."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -248,7 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if argv else 2
     from jaxgpt.files.screen import Lenient
 
+    searches = gc.isenabled()
     try:
+        if "jax" not in sys.modules:
+            gc.disable()  # until `_imported`
         if argv[0] not in COMMANDS:
             near = difflib.get_close_matches(argv[0], COMMANDS, 1) or ["--help"]
             raise ConfigError(f"no such command ({argv[0]}): perhaps you meant `jaxgpt {near[0]}`")
@@ -267,4 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         with contextlib.redirect_stderr(Lenient(sys.stderr)):
             return fail(error, debug)
+    finally:
+        if searches:
+            gc.enable()
     return 0

@@ -91,7 +91,7 @@ def init_params(config: GPTConfig, key: jax.Array) -> dict[str, Any]:
     params = _outside_blocks(key, config)
     if config.n_layer:
         tables = 1 + (config.positions == "learned")
-        per_block = len(jax.tree.leaves(jax.eval_shape(partial(_block, config=config), key, 0)))
+        per_block = len(jax.tree.leaves(jax.eval_shape(partial(_block, config=config), key, jnp.uint32(0))))
         params["blocks"] = {i: _block(key, jnp.uint32(tables + i * per_block), config) for i in range(config.n_layer)}
     return params
 

@@ -199,14 +199,10 @@ def resolve(config: Config, vocab_size: int, platform: str | None = None) -> Con
             f"loss_chunks {config.train.loss_chunks} does not divide block_size {config.model.block_size} "
             "(--train.loss_chunks): use a divisor"
         )
-    dtype = config.train.dtype
-    if dtype == "auto":
-        no_bfloat16 = (platform or jax.default_backend()) == "cpu" or (platform is None and chips.is_old_gpu())
-        dtype = "float32" if no_bfloat16 else "bfloat16"
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=vocab_size),
-        train=dataclasses.replace(config.train, dtype=dtype),
+        train=dataclasses.replace(config.train, dtype=chips.compute_dtype(config.train.dtype, platform)),
     )
 
 

@@ -20,9 +20,12 @@ def result_of(program, *flags):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("trick", ["matmul", "devices", "bfloat16", "muon", "dropout", "last_block", "rolling"])
+REST = ["devices", "bfloat16", "muon", "dropout", "last_block", "one_row"]  # as matmul or as rolling
+
+
+@pytest.mark.parametrize("trick", ["matmul", "rolling", *(pytest.param(name, marks=pytest.mark.long) for name in REST)])
 def test_every_trick_is_measured(trick):
-    rope = ["--config", str(ROOT / "configs/modern/rope.yaml")] if trick == "rolling" else []
+    rope = ["--config", str(ROOT / "configs/modern/rope.yaml")] if trick in ("rolling", "one_row") else []
     found = result_of("tricks.py", trick, *SMALL, *rope, "--steps", "2")
     assert found["trick"] == trick and found["with"] > 0 and found["without"] > 0 and found["ratio"] > 0
 

@@ -112,6 +112,19 @@ def is_old_gpu() -> bool:
     return capability is not None and int(capability[1]) < 8
 
 
+def compute_dtype(configured: str, platform: str | None = None) -> str:
+    """Choose the dtype in which a model is computed: float32 or bfloat16.
+
+    Args:
+        configured: `train.dtype`; auto = bfloat16 where the device has it, which CPUs and old GPUs have not.
+        platform: the platform that will compute (cpu, gpu, tpu); None = this machine's.
+    """
+    if configured != "auto":
+        return configured
+    without = (platform or jax.default_backend()) == "cpu" or (platform is None and is_old_gpu())
+    return "float32" if without else "bfloat16"
+
+
 class Peak:
     """Peak FLOP/s of a list of devices together, as `flops`; None if it is unknown."""
 

@@ -11,7 +11,7 @@ import sys
 from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.errors import ArgumentError, JaxgptError, one_line, printable
 from jaxgpt.files.screen import Lenient
-from jaxgpt.runs.loading import Step, load
+from jaxgpt.runs.loading import Step, computed_here, load
 from jaxgpt.sampling import make_rule
 from jaxgpt.settings.checks import Path, Text, check_fields, check_seed
 from jaxgpt.text.chat import ChatEncoder
@@ -60,7 +60,7 @@ def chat(args: ChatArgs) -> None:
         CheckpointError: the run cannot be loaded.
         TemplateError: it has no chat template, or one that cannot be rendered.
     """
-    run = load(args.run, args.step)
+    run = computed_here(load(args.run, args.step))
     dialogue = Dialogue(
         Writer(run.model),
         ChatEncoder(run.tokenizer, args.run),

@@ -14,7 +14,7 @@ from jaxgpt import tokenizer as tokenizers
 from jaxgpt.config import ConfigError
 from jaxgpt.data import DataConfig, DataError, Windows
 from jaxgpt.files.screen import Lenient
-from jaxgpt.runs.loading import Step, load
+from jaxgpt.runs.loading import Step, computed_here, load
 from jaxgpt.settings.checks import Path, check_fields
 from jaxgpt.text import source
 
@@ -59,7 +59,7 @@ def evaluate(args: EvalArgs) -> dict[str, Any]:
         raise ConfigError(f"no such split (--split, {args.split}): use {', '.join(SPLITS)}")
     if args.name and args.path:
         raise ConfigError(f"two texts are given (--name, {args.name}; --path, {args.path}): give one")
-    run = load(args.run, args.step)
+    run = computed_here(load(args.run, args.step))
     which = "" if args.step else ", which has the lowest validation loss of those that are kept; see --step last"
     print(f"run {args.run}, step {run.step:,}{which}", file=Lenient(sys.stderr))
     given, text = bool(args.name or args.path), run.config.data

@@ -12,7 +12,7 @@ from jaxgpt import sampling
 from jaxgpt.config import ConfigError
 from jaxgpt.errors import ArgumentError, printable
 from jaxgpt.files.screen import Lenient
-from jaxgpt.runs.loading import Step, load
+from jaxgpt.runs.loading import Step, computed_here, load
 from jaxgpt.settings.checks import Path, Text, check_fields, check_seed
 from jaxgpt.tokenizer import Tokenizer
 
@@ -77,7 +77,7 @@ def sample(args: SampleArgs) -> None:
         UnknownCharacterError: the prompt has a character that is not in the run's alphabet.
     """
     prompt = _prompt(args)
-    run = load(args.run, args.step)
+    run = computed_here(load(args.run, args.step))
     print(f"run {args.run}, step {run.step:,}", file=Lenient(sys.stderr))
     tokenizer = run.tokenizer
     start = _begun(tokenizer, prompt, args.special_tokens) if prompt else tokenizer.start

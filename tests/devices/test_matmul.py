@@ -19,6 +19,15 @@ def test_value_and_gradients_are_those_of_the_plain_product(inputs, outputs):
         np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-5)  # float32 sums of 15 and 32 terms
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 256), (256,)])
+def test_a_large_product_of_one_row_is_two_on_a_cpu_and_the_same(shape):
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([shape, (256, 512)]))
+    text = {p: jax.jit(matmul).trace(x, w).lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
+    assert {p: "batching_dims" in lowered for p, lowered in text.items()} == {"cpu": True, "cuda": False, "tpu": False}
+    np.testing.assert_allclose(jax.jit(matmul)(x, w), jnp.matmul(x, w), rtol=1e-5, atol=1e-4)  # sums of 256 terms
+    assert "batching_dims" not in jax.jit(matmul).lower(jnp.stack([x, x]), w).as_text()  # of two rows
+
+
 def _sum(x, w):
     return matmul(x, w).astype(jnp.float32).sum()
 

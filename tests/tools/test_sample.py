@@ -2,14 +2,13 @@ import contextlib
 import itertools
 import os
 import pathlib
-import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxgpt import cli
+from jaxgpt import Config, Run, cli
 from jaxgpt.errors import ArgumentError
 from jaxgpt.init import init_model
 from jaxgpt.model import GPTConfig
@@ -67,7 +66,7 @@ def speaker(bpe, monkeypatch):
         config = GPTConfig(vocab_size=tokenizer.vocab_size, block_size=8, n_layer=0, n_embd=0, **switches)
         model = init_model(config, seed=0)
         model.token_embedding_table.embedding = nnx.Param(jnp.asarray(table))
-        run = types.SimpleNamespace(model=model, tokenizer=tokenizer, step=7)
+        run = Run(None, Config(model=config), tokenizer, model, 7, None)
         monkeypatch.setattr(sample, "load", lambda run_dir, step: run)
 
     return make
