@@ -31,6 +31,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(download.cache_dir() / "inductor"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Workers that have nothing left take tests from the others: 10 seconds of two minutes."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def temporary_folder(tmp_path_factory):
     """Where temporary files of the suite are; a test that leaves one there fails the suite."""

@@ -255,7 +255,11 @@ def wait_for(path, words, process):
 @pytest.mark.full
 @pytest.mark.parametrize(
     "number, code",
-    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGKILL, -9)],
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.long),  # test_kills.py kills
+    ],
 )
 def test_a_stopped_process_carries_on_when_its_command_is_repeated(tiny_config, tmp_path, number, code):
     (tmp_path / "recipe.yaml").write_text("")

@@ -82,7 +82,8 @@ def clone(tmp_path_factory):
 
 def quickly(command):
     """A training command as it is written, and shorter: the last of two equal flags wins."""
-    return f"{command} {' '.join(f'{name} {value}' for name, value in QUICK.items())}"
+    flags = QUICK | ({"--model.n_layer": "1"} if "shakespeare_cpu" in command else {})
+    return f"{command} {' '.join(f'{name} {value}' for name, value in flags.items())}"
 
 
 def in_clone(folder, command):

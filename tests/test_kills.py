@@ -78,7 +78,7 @@ def finish(command, run_dir):
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    "points", [[*POINTS][::2], pytest.param([*POINTS], marks=pytest.mark.long)], ids=["every second one", "all"]
+    "points", [[*POINTS][::3], pytest.param([*POINTS], marks=pytest.mark.long)], ids=["every third one", "all"]
 )
 def test_killed_at_every_named_point_one_after_the_other(whole, tmp_path, points):
     """The second time it gets there, where it gets there twice: then there is a checkpoint to lose."""

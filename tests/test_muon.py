@@ -233,7 +233,9 @@ def saved(folder):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("more", [(), ("--optim.ema_decay", "0.9", "--mesh.data", "1")])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--optim.ema_decay", "0.9", "--mesh.data", "1"), marks=pytest.mark.long)]
+)
 def test_a_continued_run_has_the_same_bits(tmp_path, text_file, more):
     """With one device, and with one for each core, on which the update is inside of a conditional."""
     more = ("--data.path", str(text_file), "--optim.schedule", "wsd", "--optim.decay_steps", "40", *more)

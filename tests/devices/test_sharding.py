@@ -42,7 +42,7 @@ def on_eight_devices(command, timeout=900):
         pytest.param([ONE, (1, 1, 2)], "linear", 0.0, 22, marks=pytest.mark.long),  # ids that the axis divides
         pytest.param([ONE, (2, 1, 2)], "linear", 0.0, 64, marks=pytest.mark.long),  # ids that each axis divides
         ([ONE, (1, 2, 2)], "tied", 0.0, 1031),  # a prime number of ids, padded to whole tiles
-        ([ONE, (4, 1, 1)], "tied", 0.0, 65),  # each device by itself
+        pytest.param([ONE, (4, 1, 1)], "tied", 0.0, 65, marks=pytest.mark.long),  # each device by itself
         *(
             pytest.param(MESHES if ids == 65 else SPLIT_IDS, head, 0.1, ids, marks=pytest.mark.long)
             for ids in (22, 64, 65, 1031)
