@@ -40,7 +40,7 @@ class TrainConfig:
     eval_batches: int = 20
     """Random batches per split in each loss estimate during training."""
     log_interval: int = 10
-    """Steps between progress lines, and between train records in metrics.jsonl."""
+    """Steps between progress lines, and between train records in metrics.jsonl; the first step has one, too."""
     sample_tokens: int = 300
     """Tokens of the text sample after each loss estimate and at the end; 0 = no samples."""
     steps_per_call: int = 10

@@ -127,7 +127,7 @@ class TrainingLoop:
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise self.not_finite(", ".join(f"{name} {value:.6g}" for name, value in row.items()), row["step"])
             self.last.update(step=row["step"], loss=row["loss"])
-            if row["step"] % config.train.log_interval == 0:
+            if row["step"] == 1 or row["step"] % config.train.log_interval == 0:
                 self.emit({"kind": "train", **row, **pace})
         return now
 
@@ -212,7 +212,8 @@ class TrainingLoop:
                 state, chunk = compiled[n](state, windows, self.key, self.frozen)
                 waiting.append((first, chunk))
                 step = first + n
-                if len(waiting) > 1:  # the metrics of a call are read after the next one has been dispatched
+                # the metrics of a call are read after the next one has been dispatched, but the first loss at once
+                if len(waiting) > 1 or first == 0:
                     ended = self.log(*waiting.pop(0), ended)
                 asked = stop_request()
                 if step != boundary(self.config, first) and asked is None:

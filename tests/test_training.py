@@ -73,7 +73,7 @@ def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
         leaf.size for leaf in jax.tree.leaves(params_of(tmp_path / "run", 40))
     )
     train = records(tmp_path / "run", "train")
-    assert [r["step"] for r in train] == list(range(5, 41, 5))
+    assert [r["step"] for r in train] == [1, *range(5, 41, 5)]
     fields = {"kind", "step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "elapsed_s"}
     assert all(r.keys() == fields for r in train)
     # a CPU's peak is measured at the first boundary, where nothing else is computed
@@ -81,7 +81,7 @@ def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
     for r in filter(lambda r: r["mfu"] is not None, train):
         achieved = r["tokens_per_second"] * start["flops_per_token"]
         assert r["mfu"] == pytest.approx(achieved / chips.matmul_flops()) and 0 < r["mfu"] < 1
-    assert train[0]["learning_rate"] == pytest.approx(5e-3 / 6)  # step 5 of 5 of warm-up, counted from 1
+    assert train[1]["learning_rate"] == pytest.approx(5e-3 / 6)  # step 5 of 5 of warm-up, counted from 1
     assert all(r["seconds"] > 0 for r in records(tmp_path / "run", "compile"))
     evals = records(tmp_path / "run", "eval")
     assert all(r.keys() == {"kind", "step", "train_loss", "val_loss", "elapsed_s"} for r in evals)
@@ -171,7 +171,7 @@ def test_a_finished_run_is_left_as_it_is(tiny_config, tmp_path):
     before = (tmp_path / "run" / "checkpoints" / "40" / "manifest.json").read_bytes()
     jaxgpt.train(config)
     assert (tmp_path / "run" / "checkpoints" / "40" / "manifest.json").read_bytes() == before
-    assert len(records(tmp_path / "run", "train")) == 8
+    assert len(records(tmp_path / "run", "train")) == 9
 
 
 @pytest.mark.full
