@@ -2,7 +2,8 @@
 
 Each side is a process of its own that has compiled and warmed up; they work in turns of some seconds, never two at
 once. Prints one JSON line: tokens/s of whole answers and after their first token, seconds to the first token, each with
-the paired ratios of jaxgpt to transformers (above 1: jaxgpt is faster), and how many tokens both sides agree on.
+the paired ratios of jaxgpt to transformers (above 1: jaxgpt is faster), how many tokens both sides agree on, and the
+part of the memory's speed at which jaxgpt reads its weights, all of them for each token.
 
     python benchmarks/chat.py --run runs/smollm2 --hf exported/smollm2
 """
@@ -14,10 +15,14 @@ import shlex
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 from compare import LOADED, QUIET, machine
 from comparison import most
 from turns import Worker, WorkerError, compare, serve, take_turns, until
+
+from jaxgpt.devices import cores
 
 QUESTION = "Explain in a few sentences why the sky is blue during the day and red in the evening."
 
@@ -66,7 +71,8 @@ def ours(spec):
 
     work = measured(answer, spec["new_tokens"])
     parameters = sum(leaf.size for leaf in jax.tree.leaves(model))
-    return {"parameters": parameters, "tokens": tokens}, work
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    return {"parameters": parameters, "bytes": size, "tokens": tokens}, work
 
 
 def theirs(spec):
@@ -114,6 +120,17 @@ def prompt_of(run_dir):
     return config, ChatEncoder(tokenizer, run_dir).encode([{"role": "user", "content": QUESTION}]).tolist()
 
 
+def memory_speed():
+    """Bytes per second that this machine reads when each core sums its part of an array of 1 GB."""
+    parts, speeds = np.array_split(np.ones(1 << 28, np.float32), cores.count()), []
+    with ThreadPoolExecutor(len(parts)) as threads:
+        for _ in range(7):
+            began = time.perf_counter()
+            list(threads.map(np.sum, parts))
+            speeds.append(sum(part.nbytes for part in parts) / (time.perf_counter() - began))
+    return statistics.median(speeds)
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,6 +168,8 @@ def main():
         print(f"chat: warning: {LOADED.format(others)}", file=sys.stderr)
     record = {"work": "chat", "unit": "tokens/s", **of("rate"), "after_first": of("after_first")}
     record |= {"first_token_s": of("first_token_s", lower_is_better=True), "agreed_tokens": agreed, "others": others}
+    read = record["after_first"]["sides"]["jaxgpt"]["median"] * facts["jaxgpt"]["bytes"]
+    record |= {"bytes_per_s": round(read), "of_memory": round(read / memory_speed(), 2)}
     record |= {"prompt_tokens": len(prompt), "new_tokens": args.new_tokens, "dtype": args.dtype, "facts": facts}
     command = shlex.join(["python", "benchmarks/chat.py", *sys.argv[1:]])
     print(json.dumps(record | {"rounds": args.rounds, "seconds": args.seconds} | machine() | {"command": command}))

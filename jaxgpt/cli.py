@@ -284,6 +284,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stderr(Lenient(sys.stderr)):
             return fail(error, debug)
     finally:
-        if searches:
-            gc.enable()
+        (gc.enable if searches else gc.disable)()
     return 0

@@ -253,6 +253,14 @@ def wait_for(path, words, process):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("argv, code, left_out", [(["sample", "--run", "none"], 4, True), (["trian"], 2, False)])
+def test_garbage_is_searched_for_again_after_the_imports_but_not_in_them(argv, code, left_out):
+    script = f"import gc; from jaxgpt.cli import main; print(main({argv}), gc.isenabled(), gc.get_freeze_count() > 0)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.split() == [str(code), "True", str(left_out)], done.stderr
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     "number, code",
     [
