@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 WIDE = jax.__version_info__ >= (0, 10)  # before, XLA's CPU backend has no bfloat16 matmul with a float32 result
-LARGE = 100_000  # weights: smaller products of one row gain little
+LARGE = 100_000  # weights; smaller products stay whole, so that models of the lecture's size keep their last bits
 PARTS = 2
 OUTPUT = "matmul"  # remat.py finds the results by this name, because a policy for dots does not see inside a custom VJP
 

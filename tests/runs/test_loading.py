@@ -10,6 +10,7 @@ from jaxgpt import CharTokenizer, Config, GPTConfig
 from jaxgpt.init import init_model
 from jaxgpt.runs.loading import Run, computed_here
 from jaxgpt.step import params_of
+from jaxgpt.tools import chat, sample
 from jaxgpt.tools.evaluate import EvalArgs, evaluate
 
 
@@ -50,3 +51,21 @@ def test_eval_of_bfloat16_weights_computes_in_float32_on_a_cpu(tmp_path):
         for name in ("half", "wide")
     )
     assert half == wide
+
+
+class SeenError(Exception):
+    """Raised with the dtypes of the model that a command computes with."""
+
+
+def see(model, *_, **__):
+    raise SeenError({leaf.dtype.name for leaf in jax.tree.leaves(model)})
+
+
+def test_sample_and_chat_compute_in_float32_on_a_cpu(tmp_path, monkeypatch):
+    run = run_of("auto", jnp.bfloat16)
+    keep(tmp_path / "run", run.config.model, params_of(run.model), CharTokenizer.from_text("abcdefghij\n"))
+    monkeypatch.setattr(sample.sampling, "generate", see)
+    monkeypatch.setattr(chat, "Writer", see)
+    for command, args in ((sample.sample, sample.SampleArgs), (chat.chat, chat.ChatArgs)):
+        with pytest.raises(SeenError, match=r"^\{'float32'\}$"):
+            command(args(run=str(tmp_path / "run")))
