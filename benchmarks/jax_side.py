@@ -15,7 +15,7 @@ from jaxgpt import generate, load_config
 from jaxgpt.devices import chips, processes, sharding
 from jaxgpt.files.compiled import keep_compiled
 from jaxgpt.init import first_state, init_params
-from jaxgpt.loop import TrainingLoop, compile_call, rows
+from jaxgpt.loop import TrainingLoop, compile_call, count, rows
 from jaxgpt.runs import metrics
 from jaxgpt.step import INIT, cast, stream_key
 from jaxgpt.text.source import open_source
@@ -56,9 +56,10 @@ def train(spec):
         n = loop.config.train.steps_per_call
         feed = loop.source.feed(((first, n) for first in itertools.count(0, n)), loop.config.seed, rows(loop.config))
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-        compiled, took = compile_call(loop.config, loop.spec, loop.source, shapes, None, (0, n))
+        compiled, took = compile_call(loop.config, loop.spec, loop.source, shapes, None)
         loop.emit({"kind": "compile", "seconds": took})
-        state, chunk = compiled(state, next(feed), loop.key)
+        rest = loop.key, None, count(loop.config, n)
+        state, chunk = compiled(state, next(feed), *rest)
         first_loss, step = float(chunk["loss"][0]), n
 
     def work(seconds):
@@ -67,8 +68,8 @@ def train(spec):
 
         def call():
             nonlocal state, step, ended
-            state, chunk = compiled(state, next(feed), loop.key)
-            waiting.append((step, chunk))
+            state, chunk = compiled(state, next(feed), *rest)
+            waiting.append((step, n, chunk))
             step += n
             if len(waiting) > 1:
                 ended = loop.log(*waiting.pop(0), ended)
@@ -77,7 +78,7 @@ def train(spec):
         with jax.set_mesh(mesh):
             began = time.perf_counter()
             amount, _ = until(seconds, call)
-            last = waiting[0][1]
+            last = waiting[0][2]
             loop.log(*waiting.pop(0), ended)
             jax.block_until_ready(state)
             spent = time.perf_counter() - began

@@ -21,6 +21,7 @@ from jaxgpt.runs import metrics
 from jaxgpt.runs.directory import RunDirectory
 from jaxgpt.step import (
     ESTIMATE,
+    METRICS,
     SAMPLE,
     TRAIN,
     VAL,
@@ -103,11 +104,12 @@ class TrainingLoop:
         """The run's key."""
         return jax.random.key(self.config.seed)
 
-    def log(self, first: int, chunk: dict[str, jax.Array], began: float) -> float:
+    def log(self, first: int, n: int, chunk: dict[str, jax.Array], began: float) -> float:
         """Wait for the metrics of a call, record them, and return the time at which they came.
 
         Args:
             first: the step before the first one of the call.
+            n: the steps of the call.
             chunk: what `train_steps` returned.
             began: when the devices began to work on the call.
 
@@ -116,14 +118,11 @@ class TrainingLoop:
         """
         chunk = jax.device_get(chunk)
         now, config = time.perf_counter(), self.config
-        n = len(chunk["loss"])
         speed = n * rows(self.config) * config.model.block_size / (now - began)
         mfu = self.peak.part(speed * self.flops_per_token)
         pace = {"tokens_per_second": speed, "mfu": mfu, "elapsed_s": now - self.started}
         for i in range(n):
-            row = {"step": first + i + 1} | {
-                name: float(chunk[name][i]) for name in ("loss", "learning_rate", "grad_norm")
-            }
+            row = {"step": first + i + 1} | {name: float(chunk[name][i]) for name in METRICS}
             if not math.isfinite(row["loss"] + row["grad_norm"]):
                 raise self.not_finite(", ".join(f"{name} {value:.6g}" for name, value in row.items()), row["step"])
             self.last.update(step=row["step"], loss=row["loss"])
@@ -176,24 +175,23 @@ class TrainingLoop:
         self.run_dir.save(step, vars(state), val_loss=val_loss, patience=patience._asdict(), mesh=self.mesh)
 
     def run(
-        self, state: TrainState, stop_request: Callable[[], int | None], first_call: Future[CompiledCall] | None
+        self, state: TrainState, stop_request: Callable[[], int | None], compiled: Future[CompiledCall] | None
     ) -> TrainState:
         """Train to the last step, or until patience is spent, or until a signal comes; then everything is saved.
 
         Args:
             state: to start from; its memory is taken over.
             stop_request: the number of the signal that came, None while there was none.
-            first_call: from `compile_call`, which may still be at work; None if the run has ended already.
+            compiled: from `compile_call`, which may still be at work; None if the run has ended already.
 
         Raises:
             Stopped: there was a signal.
             NonFiniteError: the loss, the gradient or the parameters were not finite.
         """
         config, every = self.config.train, self.config.run.checkpoint_interval
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-        step, ended, waiting, compiled = int(state.step), 0.0, [], {}
+        step, ended, waiting = int(state.step), 0.0, []
         patience = Patience(**self.run_dir.manifest.get("patience", {}))
-        if first_call is None:
+        if compiled is None:
             return state
         if step == 0:
             loss = self.estimate_and_sample(state, step)
@@ -201,16 +199,13 @@ class TrainingLoop:
             if config.patience:  # later steps may be no better than the first weights
                 self.save(state, step, loss, patience)
         planned = traced(calls(self.config, step), config.profile, self.run_dir.checkpoints.wait)
-        feed = self.source.feed(calls(self.config, step), self.config.seed, rows(self.config))
-        with contextlib.closing(feed):
-            for (first, n), windows in zip(planned, feed):
-                if n not in compiled:
-                    what = self.config, self.spec, self.source, shapes, self.frozen, (first, n)
-                    compiled[n], seconds = compile_call(*what) if compiled else first_call.result()
-                    self.emit({"kind": "compile", "seconds": seconds})
+        call, seconds = compiled.result()
+        self.emit({"kind": "compile", "seconds": seconds})
+        with contextlib.closing(feed(self.config, self.source, step)) as feeding:
+            for (first, n), windows in zip(planned, feeding):
                 ended = ended if waiting else time.perf_counter()
-                state, chunk = compiled[n](state, windows, self.key, self.frozen)
-                waiting.append((first, chunk))
+                state, chunk = call(state, windows, self.key, self.frozen, count(self.config, n))
+                waiting.append((first, n, chunk))
                 step = first + n
                 # the metrics of a call are read after the next one has been dispatched, but the first loss at once
                 if len(waiting) > 1 or first == 0:
@@ -240,10 +235,8 @@ class TrainingLoop:
         return state
 
 
-def compile_call(
-    config: Config, spec: StepSpec, source: Source, shapes: TrainState, frozen: Any, call: tuple[int, int]
-) -> CompiledCall:
-    """Compile `train_steps`, so that its first call does not, for the devices of the current mesh.
+def compile_call(config: Config, spec: StepSpec, source: Source, shapes: TrainState, frozen: Any) -> CompiledCall:
+    """Compile `train_steps` for the calls of a run and the devices of the current mesh.
 
     Args:
         config: resolved.
@@ -251,11 +244,10 @@ def compile_call(
         source: after `split`.
         shapes: shapes, dtypes and shardings of the state.
         frozen: those of the parameters that LoRA does not train, or these parameters.
-        call: its first step and its number of steps, one of `calls`.
     """
-    began = time.perf_counter()
-    windows = source.windows(TRAIN, config.seed, *call, rows(config))
-    lowered = train_steps.lower(shapes, windows, jax.random.key(config.seed), frozen, spec=spec)
+    began, n = time.perf_counter(), config.train.steps_per_call
+    windows = source.windows(TRAIN, config.seed, 0, n, rows(config))
+    lowered = train_steps.lower(shapes, windows, jax.random.key(config.seed), frozen, count(config, n), spec=spec)
     return CompiledCall(lowered.compile(), time.perf_counter() - began)
 
 
@@ -273,14 +265,24 @@ def boundary(config: Config, step: int) -> int:
 def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
     """The first step and the number of steps of each call, from `step` on.
 
-    Up to each boundary, calls of steps_per_call steps; then single steps. The last bits of the result depend on this
-    division, so a run that continues is divided like one that was never stopped.
+    Calls of steps_per_call steps, fewer up to a boundary; the first step is a call by itself, so that its loss is there
+    at once. The result does not depend on this division.
     """
-    full = config.train.steps_per_call
     while step < config.train.steps:
-        n = full if boundary(config, step) - step >= full else 1
+        n = min(config.train.steps_per_call if step else 1, boundary(config, step) - step)
         yield step, n
         step += n
+
+
+def count(config: Config, n: int) -> np.int32 | None:
+    """The `count` of `train_steps` for a call of n steps; None where each call is one step, which needs no loop."""
+    return None if config.train.steps_per_call == 1 else np.int32(n)
+
+
+def feed(config: Config, source: Source, step: int) -> Iterator[Any]:
+    """Yield the windows of each of the `calls`: those of steps_per_call steps, so that one program serves all calls."""
+    full = ((first, config.train.steps_per_call) for first, _ in calls(config, step))
+    return source.feed(full, config.seed, rows(config))
 
 
 def traced(calls: Iterator[tuple[int, int]], folder: str | None, wait: Callable[[], None]) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The training state, the jitted train step and the evaluation, as pure functions of state, tokens and key."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from jaxgpt.model import GPT
 
 # one PRNG stream per purpose, so that no key is used twice
 INIT, TRAIN, VAL, ESTIMATE, DROPOUT, SAMPLE = range(6)
+METRICS = "loss", "learning_rate", "grad_norm"
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
@@ -263,7 +264,7 @@ def train_step(state: TrainState, batch: tuple[jax.Array, ...], key: jax.Array, 
     else:
         new = jax.tree.map(partial(jnp.where, finite), update(*old), old)
     params, opt_state = sharding.pin(new)
-    metrics = {"loss": loss, "learning_rate": spec.schedule(state.step), "grad_norm": norm}
+    metrics = dict(zip(METRICS, (loss, spec.schedule(state.step), norm)))
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
@@ -281,28 +282,38 @@ def all_finite(tree: Any) -> jax.Array:
     return jnp.array([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
+def in_turn(step: Callable, state: TrainState, windows: jax.Array | data.Windows, count: jax.Array | None):
+    """Take the steps of `train_steps`, each by `step(state, batch)`, which returns what `train_step` does."""
+    n = len(jax.tree.leaves(windows)[0])
+
+    def take(i, carry):
+        state, metrics = carry
+        state, new = step(state, data.batch(jax.tree.map(lambda a: a[i], windows)))
+        return state, {name: metrics[name].at[i].set(new[name]) for name in METRICS}
+
+    none_yet = dict.fromkeys(METRICS, jnp.zeros(n, jnp.float32))
+    return jax.lax.fori_loop(0, n if count is None else count, take, (state, none_yet))
+
+
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
 def train_steps(
-    state: TrainState, windows: jax.Array | data.Windows, key: jax.Array, frozen: Any = None, *, spec: StepSpec
+    state: TrainState, windows: jax.Array | data.Windows, key: jax.Array, frozen=None, count=None, *, spec: StepSpec
 ):
-    """Take n optimizer steps in one compiled call.
+    """Take optimizer steps in one compiled call.
 
     Args:
         state: before the steps; its buffers are donated.
         windows: (n, grad_accumulation * B, T + 1) unsigned integers, or Windows of that shape: those of each step.
         key: typed PRNG key of the run.
         frozen: nested dict of the parameters that are not trained, which are not donated; None if all are.
+        count: () int32, take only so many steps, with the first windows; None = n.
         spec: static.
 
     Returns:
-        The state after the steps, and each metric of `train_step` as (n,) float32.
+        The state after the steps, and each metric of `train_step` as (n,) float32, 0 for steps not taken.
     """
-
-    def one(state, windows):
-        return train_step(state, data.batch(windows), key, spec, frozen)
-
-    state, metrics = jax.lax.scan(one, state, windows)
-    return sharding.pin(state), metrics  # pinned again: the result of the scan is the input of the next call
+    state, metrics = in_turn(lambda state, batch: train_step(state, batch, key, spec, frozen), state, windows, count)
+    return sharding.pin(state), metrics  # pinned again: the result of the loop is the input of the next call
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -22,7 +22,7 @@ from jaxgpt.devices.stopping import stop_requests
 from jaxgpt.files import lock, storage
 from jaxgpt.init import abstract, abstract_frozen, abstract_state, first_state, init_adapters, state_of
 from jaxgpt.layers import merged
-from jaxgpt.loop import CompiledCall, Patience, TrainingLoop, calls, compile_call
+from jaxgpt.loop import CompiledCall, Patience, TrainingLoop, compile_call
 from jaxgpt.model import GPT, GPTConfig
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.runs import base, init_from, metrics, report, track
@@ -63,7 +63,7 @@ def train(config: Config) -> Run:
         if run.step is None and config.lora.rank:
             init_from.keep_base(config)
         # in another thread, while weights are drawn and losses estimated
-        first_call = stack.enter_context(_compiling(config, spec, source, shapes, run, mesh))
+        compiled = stack.enter_context(_compiling(config, spec, source, shapes, run, mesh))
         state = new_state(config, donor, spec, shapes) if run.step is None else run.restore(shapes, spec.tx)
         frozen = read_frozen(config, mesh, run.manifest)
         emit = stack.enter_context(_sinks(run))
@@ -75,7 +75,7 @@ def train(config: Config) -> Run:
             config, spec, source, run, emit, start["mesh"], start["flops_per_token"], peak, started, frozen
         )
         with stop_requests() as stop_request:
-            state = loop.run(state, stop_request, first_call)
+            state = loop.run(state, stop_request, compiled)
         with watched(source, "val", sys.stdout if processes.is_first() else None) as pieces:
             loss = evaluate(cast(combined(averaged(state), frozen), spec), pieces, chunks=spec.loss_chunks)
         run.checkpoints.wait()  # "done" is printed only once everything is safe
@@ -133,16 +133,16 @@ def _sinks(run: RunDirectory) -> Iterator[metrics.Sink]:
 def _compiling(
     config: Config, spec: StepSpec, source: Source, shapes: TrainState, run: RunDirectory, mesh: Mesh
 ) -> Iterator[Future[CompiledCall] | None]:
-    """Compile the first call of a run in another thread; yields a future of it, None if the run has ended already."""
+    """Compile the steps of a run in another thread; yields a future of them, None if the run has ended already."""
 
-    def compile_first(call: tuple[int, int]) -> CompiledCall:
+    def compile_steps() -> CompiledCall:
         with jax.set_mesh(mesh):  # each thread has its own
-            return compile_call(config, spec, source, shapes, abstract_frozen(config.model, config.lora, mesh), call)
+            return compile_call(config, spec, source, shapes, abstract_frozen(config.model, config.lora, mesh))
 
     with ThreadPoolExecutor(1) as threads:
-        ended = Patience(**run.manifest.get("patience", {})).is_spent(config.train.patience)
-        call = None if ended else next(calls(config, run.step or 0), None)
-        yield call and threads.submit(compile_first, call)
+        spent = Patience(**run.manifest.get("patience", {})).is_spent(config.train.patience)
+        ended = spent or (run.step or 0) >= config.train.steps
+        yield None if ended else threads.submit(compile_steps)
 
 
 def new_state(config: Config, donor: GPTConfig | None, spec: StepSpec, shapes: TrainState) -> TrainState:

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from switches import SWITCHES, TOGETHER, config_of
@@ -15,14 +16,14 @@ CONFIG = GPTConfig(vocab_size=65, block_size=8, n_layer=1, n_head=2, n_embd=16, 
 
 
 def lowered_step(model_config, platform, loss_chunks=1):
-    """The text of two training steps in bfloat16."""
+    """The text of a call of up to two training steps in bfloat16."""
     model = init.init_model(model_config, seed=0)
     config = optim.OptimConfig(decay_steps=10)
     tx, schedule = optim.optimizer(config), optim.schedule(config)
     spec = step.StepSpec(nnx.graphdef(model), tx, schedule, 1, jnp.dtype(jnp.bfloat16), loss_chunks)
     windows = jnp.zeros((2, 4, model_config.block_size + 1), jnp.uint8)
     state = step.init_state(step.params_of(model), tx)
-    traced = step.train_steps.trace(state, windows, jax.random.key(0), spec=spec)
+    traced = step.train_steps.trace(state, windows, jax.random.key(0), None, np.int32(2), spec=spec)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 

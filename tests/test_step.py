@@ -32,11 +32,11 @@ def first_model(config):
     return init.init_model(config, seed=0)
 
 
-def run(spec, state, n, tokens=TOKENS, seed=0, rows=4):
+def run(spec, state, n, tokens=TOKENS, seed=0, rows=4, count=None):
     """Some steps on the windows that they draw themselves from the tokens."""
     steps = int(state.step) + jnp.arange(n)
     windows = data.windows(step.stream_key(seed, step.TRAIN), tokens, steps, rows, 8)
-    return step.train_steps(state, windows, jax.random.key(seed), spec=spec)
+    return step.train_steps(state, windows, jax.random.key(seed), None, count, spec=spec)
 
 
 def test_metrics_have_one_float32_a_step_and_the_state_counts_them():
@@ -108,11 +108,16 @@ def test_accumulating_gradients_equals_one_large_batch():
 @pytest.mark.full
 def test_the_same_steps_come_out_however_they_are_cut_into_calls():
     spec, state = make(dropout=0.5)
-    whole, _ = run(spec, state, n=4)
-    _, state = make(dropout=0.5)
-    for _ in range(2):
-        state, _ = run(spec, state, n=2)
-    chex.assert_trees_all_equal(whole.params, state.params)
+    whole, metrics = run(spec, state, n=4)
+    for counts in ((2, 2), (1, 3), (4,)):
+        _, state = make(dropout=0.5)
+        losses = []
+        for count in counts:
+            state, some = run(spec, state, n=4, count=np.int32(count))
+            losses += some["loss"][:count].tolist()
+            assert all((each[count:] == 0).all() and each.shape == (4,) for each in some.values())
+        assert int(state.step) == 4 and losses == metrics["loss"].tolist()
+        chex.assert_trees_all_equal(whole, state)
 
 
 def test_seed_and_step_change_batch_and_dropout():
@@ -144,8 +149,11 @@ def test_other_weights_windows_and_keys_trace_the_step_once(monkeypatch):
     for seed in range(3):
         state, _ = run(spec, state, n=2, seed=seed)
     assert int(state.step) == 6 and len(traced) == 1
-    run(spec, state, n=3)  # another number of steps is another program
+    state, _ = run(spec, state, n=3)  # another number of windows is another program
     assert len(traced) == 2
+    for count in (1, 2):
+        state, _ = run(spec, state, n=3, count=np.int32(count))
+    assert int(state.step) == 12 and len(traced) == 3
 
 
 @pytest.mark.skipif(jax.config.jax_debug_nans, reason="jax keeps donated arrays to find the NaN")

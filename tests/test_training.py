@@ -82,9 +82,19 @@ def test_metrics_have_the_documented_fields(tiny_config, tmp_path):
         achieved = r["tokens_per_second"] * start["flops_per_token"]
         assert r["mfu"] == pytest.approx(achieved / chips.matmul_flops()) and 0 < r["mfu"] < 1
     assert train[1]["learning_rate"] == pytest.approx(5e-3 / 6)  # step 5 of 5 of warm-up, counted from 1
-    assert all(r["seconds"] > 0 for r in records(tmp_path / "run", "compile"))
+    (compiled,) = records(tmp_path / "run", "compile")  # once, for calls of one, four and five steps
+    assert compiled["seconds"] > 0
     evals = records(tmp_path / "run", "eval")
     assert all(r.keys() == {"kind", "step", "train_loss", "val_loss", "elapsed_s"} for r in evals)
+
+
+@pytest.mark.parametrize(
+    "start, expected", [(0, [(0, 1), (1, 10), (11, 1), (12, 8), (20, 4), (24, 1)]), (20, [(20, 4), (24, 1)])]
+)
+def test_calls_end_at_boundaries_and_the_first_step_is_one_by_itself(start, expected):
+    intervals = ("--train.eval_interval", "12", "--run.checkpoint_interval", "20")
+    config = jaxgpt.load_config([*intervals, "--train.steps", "25", "--train.steps_per_call", "10"])
+    assert list(loop.calls(config, start)) == expected
 
 
 @pytest.mark.full
@@ -105,10 +115,10 @@ def test_an_interrupted_run_ends_in_the_bits_of_an_uninterrupted_one(
     config = jaxgpt.load_config(tiny_config)
     log = loop.TrainingLoop.log
 
-    def log_and_die(job, first, chunk, began):
+    def log_and_die(job, first, *rest):
         if first >= interrupted_at:
             raise SystemExit("killed")
-        return log(job, first, chunk, began)
+        return log(job, first, *rest)
 
     monkeypatch.setattr(loop.TrainingLoop, "log", log_and_die)
     with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from jaxgpt import loop as loops
-from jaxgpt.config import Config, ConfigError
+from jaxgpt.config import ConfigError
 from jaxgpt.data import DataError, batch
 from jaxgpt.devices import sharding
 from jaxgpt.devices.remat import call_block
@@ -90,9 +90,11 @@ def replay(args: ReplayArgs) -> Finding:
                     "start the run again to get one"
                 )
         frozen = read_frozen(config, mesh, facts)
-        key, rows = jax.random.key(config.seed), config.optim.grad_accumulation * config.data.batch_size
-        for windows in source.feed(_calls_up_to(config, start, args.step - 1), config.seed, rows):
-            state, _ = train_steps(state, windows, key, frozen, spec=spec)
+        key, rows, n = jax.random.key(config.seed), loops.rows(config), config.train.steps_per_call
+        for first in range(start, args.step - 1, n):
+            count = loops.count(config, min(n, args.step - 1 - first))
+            windows = source.windows(TRAIN, config.seed, first, n, rows)
+            state, _ = train_steps(state, windows, key, frozen, count, spec=spec)
         windows = jax.tree.map(lambda a: a[0], source.windows(TRAIN, config.seed, args.step - 1, 1, rows))
         first, values, loss = _examine(tensors(state, batch(windows), key, spec, frozen))
         return Finding(args.step, start, loss, first, values)
@@ -108,16 +110,6 @@ def _first_with_these_settings(folder: pathlib.Path, source: Source) -> int:
             f"{starts[-1]['corpus_sha256']}): restore the file"
         )
     return max((record["step"] for record in starts if record.get("changed")), default=0)
-
-
-def _calls_up_to(config: Config, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """The calls that training makes, (first step, steps); a call that goes beyond `end` is cut into single steps."""
-    for first, n in loops.calls(config, start):
-        if first + n <= end:
-            yield first, n
-        else:
-            yield from ((step, 1) for step in range(first, end))
-            return
 
 
 def _examine(named: Iterable[tuple[str, jax.Array]]) -> tuple[str | None, str, float]:

@@ -9,11 +9,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import data
 from jaxgpt.config import Config
 from jaxgpt.devices.dropout import Dropout, RateArray
 from jaxgpt.optim import Numbers, OptimConfig, numbers, optimizer_of, schedule_of
-from jaxgpt.step import StepSpec, TrainState, estimate_loss, train_step
+from jaxgpt.step import StepSpec, TrainState, estimate_loss, in_turn, train_step
 
 RUNS = "runs"  # the only axis of the mesh
 WHOLE = {"warmup", "rising", "end"}  # the numbers that are whole
@@ -77,23 +76,24 @@ def spec_of_run(group: Group, params: dict[str, Any], varying: dict[str, jax.Arr
 
 
 @partial(jax.jit, static_argnames="group", donate_argnames="states")
-def train_together(states: TrainState, windows, keys: jax.Array, varying: dict[str, jax.Array], *, group: Group):
-    """Take n optimizer steps of each run in one compiled call, as `step.train_steps` does for one.
+def train_together(states: TrainState, windows, keys: jax.Array, varying, count=None, *, group: Group):
+    """Take optimizer steps of each run in one compiled call, as `step.train_steps` does for one.
 
     Args:
         states: before the steps, each array with an axis of runs in front; their buffers are donated.
         windows: (runs, n, rows, T + 1) integers, or Windows of that shape.
         keys: (runs,) typed PRNG keys, one per run.
-        varying: the numbers that vary, each (runs,).
+        varying: the numbers that vary, a dict of (runs,) each.
+        count: () int32, take only so many steps, with the first windows; None = n.
         group: static.
 
     Returns:
-        The states after the steps, and each metric of `train_step` as (runs, n) float32.
+        The states after the steps, and each metric of `train_step` as (runs, n) float32, 0 for steps not taken.
     """
 
     def one(state, windows, key, varying):
         spec = spec_of_run(group, state.params, varying)
-        return jax.lax.scan(lambda state, w: train_step(state, data.batch(w), key, spec), state, windows)
+        return in_turn(lambda state, batch: train_step(state, batch, key, spec), state, windows, count)
 
     return over_runs(one, group.mesh)(states, windows, keys, varying)
 

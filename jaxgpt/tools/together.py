@@ -21,7 +21,7 @@ from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.devices.stopping import Stopped
 from jaxgpt.files import screen
-from jaxgpt.loop import boundary, calls
+from jaxgpt.loop import boundary, calls, count, feed
 from jaxgpt.runs import init_from
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.step import (
@@ -71,7 +71,7 @@ class Outcome(NamedTuple):
         return {"step": self.step if going else self.diverged, **losses, **about}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Program:
     """The compiled step of a group, which serves one batch of its runs after the other."""
 
@@ -81,8 +81,8 @@ class Program:
     """The numbers that are arrays."""
     lanes: int
     """Runs that it takes."""
-    compiled: dict[int, jax.stages.Compiled] = dataclasses.field(default_factory=dict)
-    """By the number of steps per call."""
+    compiled: jax.stages.Compiled | None = None
+    """`train_together`; None until it is compiled."""
 
     @cached_property
     def first_device(self) -> Mesh:
@@ -167,10 +167,9 @@ class Together:
     def feed(self, step: int) -> Iterator[Any]:
         """Yield the training windows of each call from a step on, those that each run would see alone."""
         config = self.configs[0]
-        rows = config.optim.grad_accumulation * config.data.batch_size
-        seeds = dict.fromkeys(config.seed for config in self.filled)
+        seeds = {each.seed: each for each in self.filled}
         with contextlib.ExitStack() as stack:
-            feeds = {seed: self.source.feed(calls(config, step), seed, rows) for seed in seeds}
+            feeds = {seed: feed(each, self.source, step) for seed, each in seeds.items()}
             for each in feeds.values():
                 stack.enter_context(contextlib.closing(each))
             for _ in calls(config, step):
@@ -203,10 +202,10 @@ class Together:
         self.say(f"continue step {found:,}")
         return found, TrainState(**checkpoints.restore(found, vars(shapes))), progress
 
-    def note(self, progress: Progress, first: int, metrics: dict[str, jax.Array]) -> None:
-        """Wait for the metrics of a call, and mark the runs that diverged in it."""
+    def note(self, progress: Progress, first: int, n: int, metrics: dict[str, jax.Array]) -> None:
+        """Wait for the metrics of a call of n steps, and mark the runs that diverged in it."""
         metrics = jax.device_get(metrics)
-        bad = ~np.isfinite(metrics["loss"] + metrics["grad_norm"])
+        bad = ~np.isfinite(metrics["loss"] + metrics["grad_norm"])[:, :n]
         for i in range(len(self.configs)):
             if progress.diverged[i] is None and bad[i].any():
                 progress.diverged[i] = first + int(bad[i].argmax()) + 1
@@ -242,18 +241,18 @@ class Together:
         config = self.configs[0]
         steps, every = config.train.steps, config.run.checkpoint_interval
         step, states, progress = self.begin(checkpoints)
-        compiled, waiting = self.program.compiled, []
+        waiting = []
         if step == 0:
             self.estimate(progress, states, step)
         began, before = time.perf_counter(), progress.seconds
         bar = screen.progress("together", steps, "steps", sys.stderr, done=step)
-        with contextlib.closing(self.feed(step)) as feed, bar as advance:
-            for (first, n), windows in zip(calls(config, step), feed):
-                if n not in compiled:
-                    compiled[n], seconds = self.compile(states, windows)
-                    began += seconds
-                states, metrics = compiled[n](states, windows, self.keys, self.varying)
-                waiting.append((first, metrics))
+        with contextlib.closing(self.feed(step)) as feeding, bar as advance:
+            for (first, n), windows in zip(calls(config, step), feeding):
+                if self.program.compiled is None:
+                    began += self.compile(states, windows)
+                rest = self.keys, self.varying, count(config, n)
+                states, metrics = self.program.compiled(states, windows, *rest)
+                waiting.append((first, n, metrics))
                 step = first + n
                 if len(waiting) > 1:  # the metrics of a call are read after the next one has been dispatched
                     self.note(progress, *waiting.pop(0))
@@ -273,14 +272,14 @@ class Together:
                     raise Stopped(asked, step)
         return jax.device_get(states), progress
 
-    def compile(self, states: TrainState, windows: Any) -> tuple[jax.stages.Compiled, float]:
-        """Compile `train_together`, and return the seconds that it took, too."""
-        began = time.perf_counter()
-        lowered = train_together.lower(states, windows, self.keys, self.varying, group=self.group)
-        compiled = lowered.compile()
+    def compile(self, states: TrainState, windows: Any) -> float:
+        """Compile `train_together` for all calls, and return the seconds that it took."""
+        began, config = time.perf_counter(), self.configs[0]
+        rest = self.keys, self.varying, count(config, config.train.steps_per_call)
+        self.program.compiled = train_together.lower(states, windows, *rest, group=self.group).compile()
         seconds = time.perf_counter() - began
         self.say(f"compile  {seconds:.1f} s")
-        return compiled, seconds
+        return seconds
 
     def outcome(self, i: int, states: TrainState, progress: Progress) -> Outcome:
         """Evaluate a run over the whole split."""

@@ -322,11 +322,11 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(text_file, 
     assert swept(whole)[0] == 0
     notes, note = [], Together.note
 
-    def killed(self, progress, first, metrics):
+    def killed(self, progress, first, *rest):
         notes.append(first)
-        if len(notes) == 5:
+        if len(notes) == 6:
             raise SystemExit(3)  # nothing is saved, as with a kill
-        note(self, progress, first, metrics)
+        note(self, progress, first, *rest)
 
     monkeypatch.setattr(Together, "note", killed)
     assert swept(flags)[0] == 1
