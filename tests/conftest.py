@@ -52,6 +52,15 @@ def temporary_folder(tmp_path_factory):
     assert not left, f"left in the temporary folder: {left}"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_functions_are_not_kept_for_ever():
+    """Each one takes memory maps, of which Linux allows a process 65,530: XLA dies of the next one."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     """Threads that save or read ahead end with the test that started them."""
