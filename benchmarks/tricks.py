@@ -6,6 +6,7 @@ python benchmarks/tricks.py TRICK [--config FILE] [--rounds N] [--steps N] [--ba
   bfloat16    training: --train.dtype bfloat16 against float32
   muon        training: --optim.optimizer muon against adamw; what Muon costs, so the ratio is below 1
   dropout     training: a byte for each value's mask against nnx.Dropout's 32 bits
+  parts       training: a large batch in parts against as a whole
   one_row     generation of one text: products in two parts, as devices/matmul.py has them, against whole ones
   last_block  generation past the window: the last block for the last token against all of it
   rolling     generation past the window: a cache that rolls against the window recomputed, with positions rope
@@ -28,11 +29,11 @@ from flax import nnx
 
 from jaxgpt import init, load_config, model, sampling, step
 from jaxgpt.config import Config
-from jaxgpt.devices import matmul, sharding
+from jaxgpt.devices import cores, matmul, sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.training import mesh_config, resolve, step_spec
 
-TRICKS = ["matmul", "devices", "bfloat16", "muon", "dropout", "one_row", "last_block", "rolling"]
+TRICKS = ["matmul", "devices", "bfloat16", "muon", "dropout", "parts", "one_row", "last_block", "rolling"]
 
 
 class Training:
@@ -117,6 +118,11 @@ def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training |
             model.Dropout, kept = Wide, model.Dropout
             without = Training(config, ours, n)
             model.Dropout = kept
+        case "parts":
+            with_it = Training(config, ours, n)
+            cores.PART, kept = math.inf, cores.PART
+            without = Training(config, ours, n)
+            cores.PART = kept
         case "one_row":
             with_it = Rolling(config, rows)
             matmul.LARGE, kept = math.inf, matmul.LARGE

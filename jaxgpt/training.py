@@ -250,11 +250,13 @@ def specify(config: Config, mesh: Mesh, platform: str | None = None) -> tuple[St
 def step_spec(config: Config, model: GPT, mesh: Mesh | None = None) -> StepSpec:
     """Build the static arguments of the compiled functions, for a model with or without weights."""
     dropout = max(config.model.dropout, config.model.attention_rate)
+    window = 4 * config.model.block_size * max(config.model.hidden, config.model.width)
+    parts = 1 if mesh is None else cores.parts(mesh, config.data.batch_size, window)
     return StepSpec(
         graphdef=nnx.graphdef(model),
         tx=optimizer(config.optim, config.train.steps),
         schedule=schedule(config.optim, config.train.steps),
-        grad_accumulation=config.optim.grad_accumulation,
+        grad_accumulation=config.optim.grad_accumulation * parts,
         dtype=jnp.dtype(config.train.dtype),
         loss_chunks=config.train.loss_chunks,
         per_device_gradients=mesh is not None and sharding.takes_mean_over_devices(mesh, dropout),

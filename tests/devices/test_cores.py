@@ -3,18 +3,23 @@ import json
 import os
 import subprocess
 import sys
+import types
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt import training
 from jaxgpt.config import load_config
 from jaxgpt.devices import cores, sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.model import GPTConfig
+from jaxgpt.step import train_steps
 
 SIZES = GPTConfig(block_size=64, n_layer=4, n_embd=128)
 
@@ -118,11 +123,43 @@ print(json.dumps([max(float(np.abs(a - b).max()) for a, b in zip(found, whole)),
      ("cpu", (2, 1, 1), 0.1, False), ("gpu", (2, 1, 1), 0.0, False)],
 )  # fmt: skip
 def test_devices_work_apart_where_only_the_batch_is_split(platform, axes, dropout, apart):
-    device = type("Device", (), {"platform": platform})()
-    mesh = type("Mesh", (), {})()
-    mesh.devices = np.full(axes, device)
-    mesh.size, mesh.shape = mesh.devices.size, dict(zip(sharding.AXES, axes))
-    assert sharding.takes_mean_over_devices(mesh, dropout) == apart
+    assert sharding.takes_mean_over_devices(mesh_of(platform, axes), dropout) == apart
+
+
+def mesh_of(platform, axes):
+    """What a mesh is asked for."""
+    devices = np.full(axes, types.SimpleNamespace(platform=platform))
+    return types.SimpleNamespace(devices=devices, size=devices.size, shape=dict(zip(sharding.AXES, axes)))
+
+
+@pytest.mark.parametrize(
+    "platform, axes, batch_size, megabytes, parts",
+    [("cpu", (2, 1, 1), 64, 1.5, 8), ("cpu", (1, 1, 1), 64, 1.5, 8), ("cpu", (2, 1, 1), 10, 1.6, 1),
+     ("cpu", (2, 2, 1), 12, 30, 3), ("cpu", (2, 1, 2), 12, 4, 3), ("cpu", (1, 1, 1), 7, 3, 7),
+     ("gpu", (1, 1, 1), 64, 1.5, 1), ("tpu", (4, 2, 1), 64, 1.5, 1)],
+)  # fmt: skip
+def test_cores_compute_a_large_batch_in_parts_of_which_each_takes_as_much(platform, axes, batch_size, megabytes, parts):
+    mesh = mesh_of(platform, axes)
+    assert cores.parts(mesh, batch_size, int(megabytes * 2**20)) == parts
+    assert batch_size % (parts * axes[0] * axes[1]) == 0
+
+
+def test_a_step_in_parts_is_the_step_as_a_whole(monkeypatch):
+    sizes = ("--model.block_size", "16", "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16")
+    config = load_config([*sizes, "--data.batch_size", "8", "--optim.grad_accumulation", "2"])
+    config = training.resolve(config, 65)
+    mesh = sharding.make_mesh(MeshConfig(data=2))
+    windows = np.random.default_rng(0).integers(0, 65, (1, 16, 17)).astype(np.uint8)
+    found = {}
+    with jax.set_mesh(mesh):
+        for limit in (cores.PART, 2 * 4 * 16 * 64):  # the second one is of two windows
+            monkeypatch.setattr(cores, "PART", limit)
+            spec, shapes = training.specify(config, mesh)
+            state = training.new_state(config, None, spec, shapes)
+            state, metrics = train_steps(state, sharding.place(mesh, windows), jax.random.key(0), spec=spec)
+            found[spec.grad_accumulation] = metrics | {"moments": optax.tree.get(state.opt_state, "mu")}
+    assert list(found) == [2, 8]
+    chex.assert_trees_all_close(found[2], found[8], rtol=1e-4, atol=1e-8)
 
 
 def test_nothing_is_constrained_where_a_device_works_by_itself():
