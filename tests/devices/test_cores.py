@@ -144,6 +144,13 @@ def test_cores_compute_a_large_batch_in_parts_of_which_each_takes_as_much(platfo
     assert batch_size % (parts * axes[0] * axes[1]) == 0
 
 
+@pytest.mark.parametrize("recipe, parts", [("lecture/scaled", 8), ("shakespeare_cpu", 1), ("modern/laptop_long", 1)])
+def test_the_recipes_for_a_cpu_stay_whole_and_the_scaled_model_does_not(recipe, parts):
+    config = training.resolve(load_config(["--config", recipe]), 65)
+    spec = training.step_spec(config, training.abstract_model(config, "cpu"), mesh_of("cpu", (2, 1, 1)))
+    assert spec.grad_accumulation == parts
+
+
 def test_a_step_in_parts_is_the_step_as_a_whole(monkeypatch):
     sizes = ("--model.block_size", "16", "--model.n_layer", "1", "--model.n_head", "2", "--model.n_embd", "16")
     config = load_config([*sizes, "--data.batch_size", "8", "--optim.grad_accumulation", "2"])

@@ -267,7 +267,8 @@ def swept(flags):
 
 
 def records_of(flags):
-    return sweep_report.read(pathlib.Path(flags[flags.index("--run.dir") + 1]))[1]
+    last = len(flags) - flags[::-1].index("--run.dir")
+    return sweep_report.read(pathlib.Path(flags[last]))[1]
 
 
 @pytest.mark.full
@@ -320,6 +321,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_as_if_it_had_not_been(text_file, 
     )
     whole = [*flags, "--run.dir", str(tmp_path / "whole")]
     assert swept(whole)[0] == 0
+    assert {record["step"] for record in records_of(whole)} == {40}  # calls of one to five steps, each of them counted
     notes, note = [], Together.note
 
     def killed(self, progress, first, *rest):
