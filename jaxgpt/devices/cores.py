@@ -2,7 +2,7 @@
 
 On two cores the devices give 1.2x the steps per second of configs/shakespeare_cpu.yaml, and 2x those of the lecture's
 deeper rungs: `python benchmarks/tricks.py devices`. The parts give 1.14x those of configs/lecture/scaled.yaml, in a
-quarter of the memory: `python benchmarks/tricks.py parts --config lecture/scaled`.
+fifth of the memory: `python benchmarks/tricks.py parts --config lecture/scaled`.
 """
 
 import contextlib
