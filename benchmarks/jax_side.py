@@ -15,7 +15,7 @@ from jaxgpt import generate, load_config
 from jaxgpt.devices import chips, processes, sharding
 from jaxgpt.files.compiled import keep_compiled
 from jaxgpt.init import first_state, init_params
-from jaxgpt.loop import TrainingLoop, compile_call, count, rows
+from jaxgpt.loop import TrainingLoop, compile_call, count, longest, rows
 from jaxgpt.runs import metrics
 from jaxgpt.step import INIT, cast, stream_key
 from jaxgpt.text.source import open_source
@@ -53,7 +53,7 @@ def train(spec):
     mesh = sharding.make_mesh(mesh_config(config))
     with jax.set_mesh(mesh):
         loop, record, state = prepare(config, mesh)
-        n = loop.config.train.steps_per_call
+        n = longest(loop.config)
         feed = loop.source.feed(((first, n) for first in itertools.count(0, n)), loop.config.seed, rows(loop.config))
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
         compiled, took = compile_call(loop.config, loop.spec, loop.source, shapes, None)

@@ -245,7 +245,7 @@ def compile_call(config: Config, spec: StepSpec, source: Source, shapes: TrainSt
         shapes: shapes, dtypes and shardings of the state.
         frozen: those of the parameters that LoRA does not train, or these parameters.
     """
-    began, n = time.perf_counter(), config.train.steps_per_call
+    began, n = time.perf_counter(), longest(config)
     windows = source.windows(TRAIN, config.seed, 0, n, rows(config))
     lowered = train_steps.lower(shapes, windows, jax.random.key(config.seed), frozen, count(config, n), spec=spec)
     return CompiledCall(lowered.compile(), time.perf_counter() - began)
@@ -265,23 +265,28 @@ def boundary(config: Config, step: int) -> int:
 def calls(config: Config, step: int) -> Iterator[tuple[int, int]]:
     """The first step and the number of steps of each call, from `step` on.
 
-    Calls of steps_per_call steps, fewer up to a boundary; the first step is a call by itself, so that its loss is there
-    at once. The result does not depend on this division.
+    The first step is a call by itself, so that its loss is there at once. The result does not depend on this division.
     """
     while step < config.train.steps:
-        n = min(config.train.steps_per_call if step else 1, boundary(config, step) - step)
+        n = min(longest(config) if step else 1, boundary(config, step) - step)
         yield step, n
         step += n
 
 
+def longest(config: Config) -> int:
+    """The steps of the longest call: steps_per_call, or as many as there are between two boundaries."""
+    train = config.train
+    return min(train.steps_per_call, train.eval_interval, config.run.checkpoint_interval, train.steps)
+
+
 def count(config: Config, n: int) -> np.int32 | None:
     """The `count` of `train_steps` for a call of n steps; None where each call is one step, which needs no loop."""
-    return None if config.train.steps_per_call == 1 else np.int32(n)
+    return None if longest(config) == 1 else np.int32(n)
 
 
 def feed(config: Config, source: Source, step: int) -> Iterator[Any]:
-    """Yield the windows of each of the `calls`: those of steps_per_call steps, so that one program serves all calls."""
-    full = ((first, config.train.steps_per_call) for first, _ in calls(config, step))
+    """Yield the windows of each of the `calls`, always those of the longest one, so that one program serves all."""
+    full = ((first, longest(config)) for first, _ in calls(config, step))
     return source.feed(full, config.seed, rows(config))
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -95,6 +96,8 @@ def test_calls_end_at_boundaries_and_the_first_step_is_one_by_itself(start, expe
     intervals = ("--train.eval_interval", "12", "--run.checkpoint_interval", "20")
     config = jaxgpt.load_config([*intervals, "--train.steps", "25", "--train.steps_per_call", "10"])
     assert list(loop.calls(config, start)) == expected
+    frequent = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoint_interval=4))
+    assert loop.longest(config) == 10 and loop.longest(frequent) == 4  # no more windows are read than a call can take
 
 
 @pytest.mark.full

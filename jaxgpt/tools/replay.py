@@ -90,7 +90,7 @@ def replay(args: ReplayArgs) -> Finding:
                     "start the run again to get one"
                 )
         frozen = read_frozen(config, mesh, facts)
-        key, rows, n = jax.random.key(config.seed), loops.rows(config), config.train.steps_per_call
+        key, rows, n = jax.random.key(config.seed), loops.rows(config), loops.longest(config)
         for first in range(start, args.step - 1, n):
             count = loops.count(config, min(n, args.step - 1 - first))
             windows = source.windows(TRAIN, config.seed, first, n, rows)

@@ -21,7 +21,7 @@ from jaxgpt.devices import sharding
 from jaxgpt.devices.sharding import MeshConfig
 from jaxgpt.devices.stopping import Stopped
 from jaxgpt.files import screen
-from jaxgpt.loop import boundary, calls, count, feed
+from jaxgpt.loop import boundary, calls, count, feed, longest
 from jaxgpt.runs import init_from
 from jaxgpt.runs.checkpoint import Checkpoints
 from jaxgpt.step import (
@@ -275,7 +275,7 @@ class Together:
     def compile(self, states: TrainState, windows: Any) -> float:
         """Compile `train_together` for all calls, and return the seconds that it took."""
         began, config = time.perf_counter(), self.configs[0]
-        rest = self.keys, self.varying, count(config, config.train.steps_per_call)
+        rest = self.keys, self.varying, count(config, longest(config))
         self.program.compiled = train_together.lower(states, windows, *rest, group=self.group).compile()
         seconds = time.perf_counter() - began
         self.say(f"compile  {seconds:.1f} s")
