@@ -30,7 +30,7 @@ ALL = sorted(
     str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml") if "modern" not in path.parts
 )
 # GPT-2's sizes are too large: "gpt2" is a small one; tests/interop/test_llama.py compares Llamas with transformers
-FILES = [name for name in ALL if "gpt2" not in name and "smollm2" not in name]
+FILES = [name for name in ALL if not any(family in name for family in ("gpt2", "llama", "smollm2"))]
 V = 65
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiling takes longer than running
 
