@@ -63,6 +63,11 @@ class Wide(nnx.Dropout):
         return super().__call__(x, deterministic=rngs is None, rngs=rngs)
 
 
+def tokens(n: int) -> tuple:
+    """How `sampling` is told to draw n tokens: a key, the rule, the first one's number, and how many."""
+    return jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0), jax.numpy.int32(n)
+
+
 class Sliding:
     """Tokens past the window, which is recomputed."""
 
@@ -70,7 +75,7 @@ class Sliding:
         self.model = init.init_model(config.model, config.seed)
         self.window = jax.numpy.zeros((rows, config.model.block_size), jax.numpy.int32)
         sampling._last_logits, ours = last_logits, sampling._last_logits
-        args = self.model, self.window, jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)
+        args = self.model, self.window, *tokens(100)
         self.call = partial(sampling._slide.lower(*args, n=100).compile(), *args)
         sampling._last_logits = ours
         jax.clear_caches()
@@ -86,8 +91,7 @@ class Rolling:
         model = init.init_model(config.model, config.seed)
         length = jax.numpy.int32(3 * config.model.block_size)
         cache = sampling._empty(model, rows, config.model.block_size)._replace(length=length)
-        rest = jax.random.key(0), sampling.make_rule(), jax.numpy.int32(0)
-        args = model, jax.numpy.zeros(rows, jax.numpy.int32), cache, *rest
+        args = model, jax.numpy.zeros(rows, jax.numpy.int32), cache, *tokens(100)
         self.call = partial(sampling._decode.lower(*args, n=100).compile(), *args)
 
     def __call__(self) -> int:

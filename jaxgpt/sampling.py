@@ -6,7 +6,7 @@ The prompt is computed once (prefill). Then each new token is computed with a ca
 
 import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -148,22 +148,37 @@ def _hidden(model: GPT, token: jax.Array, cache: Cache) -> tuple[jax.Array, Cach
     return x[:, 0], Cache(jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), grown.layers), grown.length)
 
 
-@partial(jax.jit, static_argnames="n")
-def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """Decode (B, n) new tokens, from number `first` on, into the cache; also return the last one and the cache."""
+def _in_turn(step: Callable, carry: Any, noise: jax.Array, count: jax.Array) -> tuple[Any, jax.Array]:
+    """`jax.lax.scan` of a step that draws a token per row, for the first `count` of n tokens.
 
-    last = model.config.block_size - 1  # what is computed past the window of learned positions is not used
+    Returns:
+        The carry, and (B, n) int32 tokens, 0 for those that are not computed.
+    """
+
+    def take(carry, x):
+        i, noise = x
+        return jax.lax.cond(i < count, step, lambda carry, noise: (carry, none), carry, noise)
+
+    n, none = len(noise), jnp.zeros(noise.shape[1], jnp.int32)
+    carry, tokens = jax.lax.scan(take, carry, (jnp.arange(n), noise))
+    return carry, tokens.T
+
+
+@partial(jax.jit, static_argnames="n")
+def _decode(model: GPT, token: jax.Array, cache: Cache, key: jax.Array, rule: Rule, first, count, n: int):
+    """Decode (B, n) new tokens, of which `count` are computed, from number `first` on, into the cache.
+
+    Also return the last one and the cache.
+    """
 
     def step(carry, noise):
         token, cache = carry
-        if not _rolls(model):
-            cache = cache._replace(length=jnp.minimum(cache.length, last))
         x, cache = _hidden(model, token, cache)
         token = sample(model.logits(x)[:, 0], noise, rule)
         return (token, cache), token
 
-    (token, cache), tokens = jax.lax.scan(step, (token, cache), _noise(key, first, n, len(token), model))
-    return tokens.T, token, cache
+    (token, cache), tokens = _in_turn(step, (token, cache), _noise(key, first, n, len(token), model), count)
+    return tokens, token, cache
 
 
 @jax.jit
@@ -197,8 +212,8 @@ def _last_logits(model: GPT, window: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="n")
-def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax.Array, n: int):
-    """Decode (B, n) new tokens after a full (B, block_size) window, which slides by one each; also return it.
+def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first, count, n: int):
+    """Like `_decode`, but after a full (B, block_size) window, which slides by one each; also return it.
 
     Positions are learned, so a token that moves gets new keys and values: a cache would be invalid.
     """
@@ -207,12 +222,12 @@ def _slide(model: GPT, window: jax.Array, key: jax.Array, rule: Rule, first: jax
         token = sample(_last_logits(model, window), noise, rule)
         return jnp.concatenate([window[:, 1:], token[:, None]], axis=1), token
 
-    window, tokens = jax.lax.scan(step, window, _noise(key, first, n, len(window), model))
-    return tokens.T, window
+    window, tokens = _in_turn(step, window, _noise(key, first, n, len(window), model), count)
+    return tokens, window
 
 
 @partial(jax.jit, static_argnames="n")
-def _slide_rows(model: GPT, window: tuple[jax.Array, jax.Array], key: jax.Array, rule: Rule, first: jax.Array, n: int):
+def _slide_rows(model: GPT, window: tuple[jax.Array, jax.Array], key: jax.Array, rule: Rule, first, count, n: int):
     """`_slide` for rows of different lengths: `window` is (B, block_size) tokens, and the length of each row, (B,).
 
     A row fills its window before it slides.
@@ -229,8 +244,8 @@ def _slide_rows(model: GPT, window: tuple[jax.Array, jax.Array], key: jax.Array,
         here = jnp.arange(window.shape[1]) == (length - 1)[:, None]
         return (jnp.where(here, token[:, None], window), length), token
 
-    window, tokens = jax.lax.scan(step, window, _noise(key, first, n, len(window[0]), model))
-    return tokens.T, window
+    window, tokens = _in_turn(step, window, _noise(key, first, n, len(window[0]), model), count)
+    return tokens, window
 
 
 def _join(prompt: Any, new: list[jax.Array], lengths: Any, xp: Any) -> Any:
@@ -302,8 +317,8 @@ def _pieces(model, prompt, key, max_new_tokens, rule, lengths, sizes, xp) -> Ite
     while done < max_new_tokens and room:
         left = min(max_new_tokens - done, room)
         size = min(_size(sizes, left), limit)
-        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), size)
         n = min(size, left)
+        tokens, token, cache = _decode(model, token, cache, key, rule, np.int32(done), np.int32(n), size)
         done, room = done + n, room - n
         yield first_of(tokens, n)
     if done == max_new_tokens:
@@ -316,8 +331,8 @@ def _pieces(model, prompt, key, max_new_tokens, rule, lengths, sizes, xp) -> Ite
         window, slide = (window, xp.minimum(lengths + done, block_size)), _slide_rows
     while done < max_new_tokens:
         size = min(_size(sizes, max_new_tokens - done), limit)
-        tokens, window = slide(model, window, key, rule, np.int32(done), size)
         n = min(size, max_new_tokens - done)
+        tokens, window = slide(model, window, key, rule, np.int32(done), np.int32(n), size)
         done += n
         yield first_of(tokens, n)
 

@@ -40,8 +40,8 @@ def test_generation_lowers_for_every_platform(platform):
     cache = Cache(((layer, layer),), jnp.int32(4))
     for traced in (
         sampling._prefill.trace(model, tokens, cache._replace(length=jnp.int32(0))),
-        sampling._decode.trace(model, tokens[:, 0], cache, key, rule, jnp.int32(1), 3),
-        sampling._slide.trace(model, tokens, key, rule, jnp.int32(5), 3),
+        sampling._decode.trace(model, tokens[:, 0], cache, key, rule, jnp.int32(1), jnp.int32(3), 3),
+        sampling._slide.trace(model, tokens, key, rule, jnp.int32(5), jnp.int32(3), 3),
     ):
         assert "dot_general" in traced.lower(lowering_platforms=(platform,)).as_text()
 

@@ -90,6 +90,19 @@ def test_a_shorter_cache_gives_the_same_text(monkeypatch):
 
 
 @pytest.mark.full
+def test_tokens_of_a_piece_that_nobody_asked_for_are_not_computed():
+    key, rule, first = jax.random.key(0), make_rule(), np.int32(0)
+    window, token, cache = np.ones((2, 8), np.int32), np.ones(2, np.int32), sampling._empty(MODEL, 2, 8)
+    few, _, cache = sampling._decode(MODEL, token, cache, key, rule, first, np.int32(3), 7)
+    assert cache.length == 3 and few[:, :3].any() and not few[:, 3:].any()
+    for slide, before in ((sampling._slide, window), (sampling._slide_rows, (window, np.array([8, 4])))):
+        few, after = slide(MODEL, before, key, rule, first, np.int32(3), 7)
+        all_of_them, _ = slide(MODEL, before, key, rule, first, np.int32(7), 7)
+        np.testing.assert_array_equal(few, np.pad(all_of_them[:, :3], ((0, 0), (0, 4))))
+        chex.assert_trees_all_equal(after, slide(MODEL, before, key, rule, first, np.int32(3), 3)[1])
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("positions", ["learned", "rope"])
 def test_another_length_of_prompt_or_text_compiles_nothing(positions):
     """Counting single operations, too."""
