@@ -1,9 +1,10 @@
 """Answers of `jaxgpt chat` beside those of transformers: the same model, one text at a time, the likeliest tokens.
 
 Each side is a process of its own that has compiled and warmed up; they work in turns of some seconds, never two at
-once. Prints one JSON line: tokens/s of whole answers and after their first token, seconds to the first token, each with
-the paired ratios of jaxgpt to transformers (above 1: jaxgpt is faster), how many tokens both sides agree on, and the
-part of the memory's speed at which jaxgpt reads its weights, all of them for each token.
+once. A third process reads memory as fast as it can. Prints one JSON line: tokens/s of whole answers and after their
+first token, seconds to the first token, each with the paired ratios of jaxgpt to transformers (above 1: jaxgpt is
+faster), how many tokens both sides agree on, and the part of the memory's speed at which jaxgpt reads its weights, all
+of them for each token.
 
     python benchmarks/chat.py --run runs/smollm2 --hf exported/smollm2
 """
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from compare import LOADED, QUIET, machine
 from comparison import most
-from turns import Worker, WorkerError, compare, serve, take_turns, until
+from turns import Worker, WorkerError, compare, serve, spread, take_turns, until
 
 from jaxgpt.devices import cores
 
@@ -120,15 +121,24 @@ def prompt_of(run_dir):
     return config, ChatEncoder(tokenizer, run_dir).encode([{"role": "user", "content": QUESTION}]).tolist()
 
 
-def memory_speed():
-    """Bytes per second that this machine reads when each core sums its part of an array of 1 GB."""
-    parts, speeds = np.array_split(np.ones(1 << 28, np.float32), cores.count()), []
-    with ThreadPoolExecutor(len(parts)) as threads:
-        for _ in range(7):
-            began = time.perf_counter()
-            list(threads.map(np.sum, parts))
-            speeds.append(sum(part.nbytes for part in parts) / (time.perf_counter() - began))
-    return statistics.median(speeds)
+def memory(spec):
+    """Bytes that this machine reads when each core sums its part of an array of 1 GB."""
+    parts = np.array_split(np.ones(1 << 28, np.float32), cores.count())
+    threads = ThreadPoolExecutor(len(parts))
+
+    def piece():
+        list(threads.map(np.sum, parts))
+        return sum(part.nbytes for part in parts)
+
+    def work(seconds):
+        amount, spent = until(seconds, piece)
+        return {"amount": amount, "seconds": spent}
+
+    work(0.1)
+    return {}, work
+
+
+SIDES = {"jaxgpt": ours, "transformers": theirs, "memory": memory}
 
 
 def main():
@@ -147,7 +157,7 @@ def main():
         parser.error(f"new_tokens is {args.new_tokens}: use 2 to {most_new}, what the window has room for")
     spec, workers = vars(args) | {"prompt": prompt}, {}
     try:
-        for side in ("jaxgpt", "transformers"):
+        for side in SIDES:
             workers[side] = Worker(__file__, spec | {"side": side}, os.environ | {"HF_HUB_OFFLINE": "1"})
         facts = {side: worker.facts for side, worker in workers.items()}
         answers = take_turns(workers, args.rounds, args.seconds)
@@ -158,18 +168,21 @@ def main():
         for worker in workers.values():
             worker.close()
 
-    def of(name, **how):
-        return compare({side: [answer[name] for answer in each] for side, each in answers.items()}, **how)
+    memory_speeds = [answer["rate"] for answer in answers["memory"]]
 
-    both = [facts[side].pop("tokens") for side in workers]
+    def of(name, **how):
+        return compare({side: [answer[name] for answer in answers[side]] for side in ("jaxgpt", "transformers")}, **how)
+
+    both = [facts[side].pop("tokens") for side in ("jaxgpt", "transformers")]
     agreed = next((i for i, (a, b) in enumerate(zip(*both)) if a != b), args.new_tokens)
     others = most([answer["others"] for side in answers.values() for answer in side])
     if (others or 0) > QUIET:
         print(f"chat: warning: {LOADED.format(others)}", file=sys.stderr)
     record = {"work": "chat", "unit": "tokens/s", **of("rate"), "after_first": of("after_first")}
     record |= {"first_token_s": of("first_token_s", lower_is_better=True), "agreed_tokens": agreed, "others": others}
-    read = record["after_first"]["sides"]["jaxgpt"]["median"] * facts["jaxgpt"]["bytes"]
-    record |= {"bytes_per_s": round(read), "of_memory": round(read / memory_speed(), 2)}
+    read = [answer["after_first"] * facts["jaxgpt"]["bytes"] for answer in answers["jaxgpt"]]
+    record |= {"bytes_per_s": spread(read), "memory_bytes_per_s": spread(memory_speeds)}
+    record |= {"of_memory": spread([ours / most_of_it for ours, most_of_it in zip(read, memory_speeds, strict=True)])}
     record |= {"prompt_tokens": len(prompt), "new_tokens": args.new_tokens, "dtype": args.dtype, "facts": facts}
     command = shlex.join(["python", "benchmarks/chat.py", *sys.argv[1:]])
     print(json.dumps(record | {"rounds": args.rounds, "seconds": args.seconds} | machine() | {"command": command}))
@@ -178,6 +191,6 @@ def main():
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1].startswith("{"):  # a worker, which is given its specification
-        serve(lambda spec: {"jaxgpt": ours, "transformers": theirs}[spec["side"]](spec))
+        serve(lambda spec: SIDES[spec["side"]](spec))
     else:
         sys.exit(main())

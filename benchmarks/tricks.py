@@ -21,7 +21,6 @@ import platform
 import statistics
 import sys
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -49,7 +48,8 @@ class Training:
             shape = n, config.optim.grad_accumulation * config.data.batch_size, config.model.block_size + 1
             windows = np.random.default_rng(0).integers(0, 65, shape).astype(np.uint8)
             self.data = sharding.place(self.mesh, windows), jax.random.key(0)
-            self.call = step.train_steps.lower(self.state, *self.data, spec=self.spec).compile()
+            self.lowered = step.train_steps.lower(self.state, *self.data, spec=self.spec)
+            self.call = self.lowered.compile()
 
     def __call__(self) -> int:
         self.state, _ = jax.block_until_ready(self.call(self.state, *self.data))
@@ -60,7 +60,7 @@ class Wide(nnx.Dropout):
     """Flax's."""
 
     def __call__(self, x, rngs):
-        return super().__call__(x, deterministic=rngs is None, rngs=rngs)
+        return x if rngs is None else super().__call__(x, deterministic=False, rngs=nnx.Rngs(rngs.dropout()))
 
 
 def tokens(n: int) -> tuple:
@@ -75,13 +75,14 @@ class Sliding:
         self.model = init.init_model(config.model, config.seed)
         self.window = jax.numpy.zeros((rows, config.model.block_size), jax.numpy.int32)
         sampling._last_logits, ours = last_logits, sampling._last_logits
-        args = self.model, self.window, *tokens(100)
-        self.call = partial(sampling._slide.lower(*args, n=100).compile(), *args)
+        self.args = self.model, self.window, *tokens(100)
+        self.lowered = sampling._slide.lower(*self.args, n=100)
+        self.call = self.lowered.compile()
         sampling._last_logits = ours
         jax.clear_caches()
 
     def __call__(self) -> int:
-        return jax.block_until_ready(self.call())[0].size
+        return jax.block_until_ready(self.call(*self.args))[0].size
 
 
 class Rolling:
@@ -91,11 +92,12 @@ class Rolling:
         model = init.init_model(config.model, config.seed)
         length = jax.numpy.int32(3 * config.model.block_size)
         cache = sampling._empty(model, rows, config.model.block_size)._replace(length=length)
-        args = model, jax.numpy.zeros(rows, jax.numpy.int32), cache, *tokens(100)
-        self.call = partial(sampling._decode.lower(*args, n=100).compile(), *args)
+        self.args = model, jax.numpy.zeros(rows, jax.numpy.int32), cache, *tokens(100)
+        self.lowered = sampling._decode.lower(*self.args, n=100)
+        self.call = self.lowered.compile()
 
     def __call__(self) -> int:
-        return jax.block_until_ready(self.call())[0].size
+        return jax.block_until_ready(self.call(*self.args))[0].size
 
 
 def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training | Sliding | Rolling]:
@@ -120,6 +122,7 @@ def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training |
         case "dropout":
             with_it = Training(config, ours, n)
             model.Dropout, kept = Wide, model.Dropout
+            init._structure.cache_clear()  # of the model with ours
             without = Training(config, ours, n)
             model.Dropout = kept
         case "parts":
@@ -151,6 +154,8 @@ def main():
     parser.add_argument("--batch", type=int, default=1, help="texts that are generated at a time")
     args = parser.parse_args()
     measured = sides(args.trick, load_config(["--config", args.config]), args.steps, args.batch)
+    if len({side.lowered.as_text() for side in measured.values()}) == 1:
+        sys.exit(f"tricks: error: both sides are the same program ({args.trick}, {args.config}): use another recipe")
     speeds = {name: [] for name in measured}
     for i in range(args.rounds + 1):
         for name in list(measured)[:: 1 if i % 2 else -1]:
