@@ -1,6 +1,6 @@
 """CPU cores as JAX devices, which split the batch of a step like any other devices, and compute large ones in parts.
 
-On two cores the devices give 1.2x the steps per second of configs/shakespeare_cpu.yaml, and 2x those of the lecture's
+On two cores the devices give 1.1x the steps per second of configs/shakespeare_cpu.yaml, and 1.6x those of the lecture's
 deeper rungs: `python benchmarks/tricks.py devices`. The parts give 1.14x those of configs/lecture/scaled.yaml, in a
 fifth of the memory: `python benchmarks/tricks.py parts --config lecture/scaled`.
 """
