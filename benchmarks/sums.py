@@ -15,7 +15,7 @@ import time
 
 import jax
 from flax import nnx
-from tricks import Training
+from tricks import Training, check_different
 from turns import busy, others, spread
 
 from jaxgpt import load_config, step
@@ -74,6 +74,7 @@ def main():
         jax.clear_caches()
         measured[kind] = Training(config, MeshConfig(1), args.steps)
     step.build = kept
+    check_different(measured)
     times = {name: [] for name in measured}
     before, own, start = busy(), time.process_time(), time.perf_counter()
     for i in range(args.rounds + 1):  # the first round warms up

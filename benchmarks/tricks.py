@@ -144,6 +144,14 @@ def sides(trick: str, config: Config, n: int, rows: int) -> dict[str, Training |
     return {"with": with_it, "without": without}
 
 
+def check_different(measured: dict[str, Training | Sliding | Rolling]) -> None:
+    """End here if two sides are the same program: what is replaced may not be used by the recipe, or be in a cache."""
+    programs: dict[str, str] = {}
+    for name, side in measured.items():
+        if (other := programs.setdefault(side.lowered.as_text(), name)) != name:
+            sys.exit(f"{sys.argv[0]}: error: {other} and {name} are the same program: use another recipe")
+
+
 def main():
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -154,8 +162,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1, help="texts that are generated at a time")
     args = parser.parse_args()
     measured = sides(args.trick, load_config(["--config", args.config]), args.steps, args.batch)
-    if len({side.lowered.as_text() for side in measured.values()}) == 1:
-        sys.exit(f"tricks: error: both sides are the same program ({args.trick}, {args.config}): use another recipe")
+    check_different(measured)
     speeds = {name: [] for name in measured}
     for i in range(args.rounds + 1):
         for name in list(measured)[:: 1 if i % 2 else -1]:
