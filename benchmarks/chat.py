@@ -168,8 +168,6 @@ def main():
         for worker in workers.values():
             worker.close()
 
-    memory_speeds = [answer["rate"] for answer in answers["memory"]]
-
     def of(name, **how):
         return compare({side: [answer[name] for answer in answers[side]] for side in ("jaxgpt", "transformers")}, **how)
 
@@ -181,8 +179,9 @@ def main():
     record = {"work": "chat", "unit": "tokens/s", **of("rate"), "after_first": of("after_first")}
     record |= {"first_token_s": of("first_token_s", lower_is_better=True), "agreed_tokens": agreed, "others": others}
     read = [answer["after_first"] * facts["jaxgpt"]["bytes"] for answer in answers["jaxgpt"]]
-    record |= {"bytes_per_s": spread(read), "memory_bytes_per_s": spread(memory_speeds)}
-    record |= {"of_memory": spread([ours / most_of_it for ours, most_of_it in zip(read, memory_speeds, strict=True)])}
+    speeds = [answer["rate"] for answer in answers["memory"]]
+    record |= {"bytes_per_s": spread(read), "memory_bytes_per_s": spread(speeds)}
+    record |= {"of_memory": spread([a / b for a, b in zip(read, speeds, strict=True)])}
     record |= {"prompt_tokens": len(prompt), "new_tokens": args.new_tokens, "dtype": args.dtype, "facts": facts}
     command = shlex.join(["python", "benchmarks/chat.py", *sys.argv[1:]])
     print(json.dumps(record | {"rounds": args.rounds, "seconds": args.seconds} | machine() | {"command": command}))

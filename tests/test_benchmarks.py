@@ -96,20 +96,9 @@ def test_answers_are_measured_beside_those_of_transformers(tmp_path):
     pytest.importorskip("transformers")
     text, run, folder = tmp_path / "text.txt", tmp_path / "run", tmp_path / "hf"
     text.write_text((string.ascii_letters + " .\n") * 100)
-    sizes = ("--model.block_size=96", "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16")
-    flags = ("--config=gpt2_124m", f"--data.path={text}", "--data.tokenizer=char", "--data.train_fraction=0.5")
-    jaxgpt.train(
-        jaxgpt.load_config(
-            [
-                *flags,
-                *sizes,
-                "--data.batch_size=2",
-                "--optim.grad_accumulation=1",
-                "--train.steps=1",
-                f"--run.dir={run}",
-            ]
-        )
-    )
+    flags = f"--data.path={text} --data.tokenizer=char --data.train_fraction=0.5 --data.batch_size=2 --run.dir={run} "
+    flags += "--model.block_size=96 --model.n_layer=1 --model.n_head=2 --model.n_embd=16 --optim.grad_accumulation=1"
+    jaxgpt.train(jaxgpt.load_config(["--config=gpt2_124m", "--train.steps=1", *flags.split()]))
     export(ExportArgs(run=str(run), to=str(folder)))
     found = result_of("chat.py", f"--run={run}", f"--hf={folder}", "--new_tokens=4", "--rounds=2", "--seconds=0.1")
     assert found["agreed_tokens"] == 4 and found["ratio"]["median"] > 0
