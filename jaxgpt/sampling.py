@@ -21,7 +21,7 @@ from jaxgpt.settings.checks import check_key, check_number, check_prompt, check_
 
 NOISE = 1 << 26  # maximum number of random values drawn at a time
 CAPACITY = 1024  # tokens that the smallest cache of a model with a long window has room for
-# tokens that one call computes: with few sizes, another length of prompt or text compiles nothing
+# tokens that one call computes at most: with few sizes, another length of prompt or text compiles nothing
 PROMPT_PIECES = (256, 32)
 PIECES = (64, 8)
 
@@ -280,7 +280,7 @@ def _cache_of(model: GPT, prompt: Any, length: Any, capacity: int, xp: Any) -> C
 
 
 def _size(sizes: Sequence[int], left: int) -> int:
-    """The largest size of which at most a half is wasted, else the smallest."""
+    """The largest size of which more than a half is needed, else the smallest."""
     return next((size for size in sizes if size < 2 * left), sizes[-1])
 
 
